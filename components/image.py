@@ -1,0 +1,46 @@
+"""RegistryImage: the registry's own image, built from `image/`, and pushed to another registry if the stack names one."""
+
+import pulumi
+import pulumi_docker as docker
+
+from settings import Image
+
+
+class RegistryImage(pulumi.ComponentResource):
+    """The image holds Distribution and its configuration, but no key, certificate or user: those come when it starts."""
+
+    reference: pulumi.Output[str]
+    """The image by its content: the repository's digest where it is pushed, else the Docker host's image id."""
+
+    def __init__(
+        self,
+        name: str,
+        settings: Image,
+        *,
+        credentials: pulumi.Output[dict[str, str]] | None = None,
+        opts: pulumi.ResourceOptions | None = None,
+    ) -> None:
+        super().__init__("private-registry:index:RegistryImage", name, None, opts)
+        registry = None
+        if settings.push_to is not None:
+            registry = docker.RegistryArgs(
+                server=settings.push_to,
+                username=None if credentials is None else credentials["username"],
+                password=None if credentials is None else credentials["password"],
+            )
+        image = docker.Image(
+            name,
+            image_name=settings.name,
+            build=docker.DockerBuildArgs(
+                context="image",
+                dockerfile="image/Dockerfile",
+                args={"BASE": settings.base},
+                # Else the platform of the machine that runs Pulumi would be a difference between machines.
+                platform=settings.platform,
+            ),
+            registry=registry,
+            skip_push=settings.push_to is None,
+            opts=pulumi.ResourceOptions(parent=self),
+        )
+        self.reference = image.repo_digest
+        self.register_outputs({"reference": self.reference})

@@ -1,0 +1,1 @@
+"""Real servers for tests and the demo, in `.lab/`: nothing here is simulated."""
