@@ -99,7 +99,9 @@ Tag = Annotated[
 ]
 Endpoint = Annotated[
     str,
-    _rule(_is_endpoint, "must be a registry's host, with a port where it is not 443", "write one such as hub.example.com"),
+    _rule(
+        _is_endpoint, "must be a registry's host, with a port where it is not 443", "write one such as hub.example.com"
+    ),
 ]
 DockerName = Annotated[
     str,
@@ -187,7 +189,9 @@ class Container(_Section):
     name: DockerName = Field("registry", description="name of the container")
     address: IpAddress = Field("127.0.0.1", description="address of the Docker host that the port is published on")
     port: Port = Field(5000, description="port of the Docker host that the registry is published on")
-    memory_mib: MemoryMiB | None = Field(None, alias="memoryMiB", description="limit of memory in MiB; none if left out")
+    memory_mib: MemoryMiB | None = Field(
+        None, alias="memoryMiB", description="limit of memory in MiB; none if left out"
+    )
 
 
 class Storage(_Section):
@@ -220,7 +224,9 @@ class Trust(_Section):
 class Settings(_Section):
     """All that a stack says about the registry, but for its secrets."""
 
-    hostname: Hostname = Field("registry.docker", description="name that clients use, and the certificate's common name")
+    hostname: Hostname = Field(
+        "registry.docker", description="name that clients use, and the certificate's common name"
+    )
     certificate: Certificate = Certificate()
     image: Image = Image()
     access: Access = Access()
@@ -417,7 +423,9 @@ def _secret_faults(settings: Settings, secrets: Mapping[str, Any]) -> list[str]:
 def _user_faults(users: Any) -> list[str]:
     key = f"{PROJECT}:users"
     if not isinstance(users, dict) or not users:
-        return [f"{key} is not a mapping of names to passwords: it must have one or more; set it with --path {key}.NAME"]
+        return [
+            f"{key} is not a mapping of names to passwords: it must have one or more; set it with --path {key}.NAME"
+        ]
     faults = []
     for name, password in users.items():
         if not USER_NAME.fullmatch(name):
@@ -504,7 +512,9 @@ def stack_file_schema() -> dict[str, Any]:
             "config": {
                 "type": "object",
                 "properties": properties,
-                "propertyNames": {"pattern": f"^(?!{PROJECT}:)|^{PROJECT}:({'|'.join([*model['properties'], *SECRETS])})$"},
+                "propertyNames": {
+                    "pattern": f"^(?!{PROJECT}:)|^{PROJECT}:({'|'.join([*model['properties'], *SECRETS])})$"
+                },
             },
         },
         "$defs": model["$defs"],

@@ -114,4 +114,3 @@ class RegistryContainer(pulumi.ComponentResource):
             users.apply(lambda all_users: None if anonymous else all_users[min(all_users)])
         )
         self.register_outputs({})
-

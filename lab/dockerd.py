@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from toolchain.programs import REGISTRY, ROOT, build
 DEFAULT_HOST = "unix:///var/run/docker.sock"
 FOLDER = ROOT / ".lab/docker"
 SOCKET = FOLDER / "docker.sock"
+ENVIRONMENT = ROOT / ".lab/env"
 LONGEST_SOCKET_PATH = 107  # bytes, unix(7)
 BASE_IMAGE = "registry:3.1.2"
 PACKAGES = ("docker.io", "iptables", "busybox-static")
@@ -63,6 +65,7 @@ def _install() -> None:
             "No Docker daemon answers. Start Docker, or set DOCKER_HOST to a daemon that you may use; "
             "the project starts one of its own only for root on Debian."
         )
+    FOLDER.mkdir(parents=True, exist_ok=True)
     log = FOLDER / "apt.log"
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     with log.open("w") as output:
@@ -80,8 +83,13 @@ def start() -> str:
     Raises:
         LabError: none answers and none can be started.
     """
-    if host := address():
-        return host
+    host = address() or _start_own()
+    if host == f"unix://{SOCKET}":
+        ENVIRONMENT.write_text(f'export DOCKER_HOST="{host}"\n')
+    return host
+
+
+def _start_own() -> str:
     if len(os.fsencode(SOCKET)) > LONGEST_SOCKET_PATH:
         raise LabError(f"{SOCKET} is too long for a socket: move the checkout to a shorter path.")
     FOLDER.mkdir(parents=True, exist_ok=True)
@@ -109,16 +117,16 @@ def start() -> str:
 
 def stop() -> bool:
     """End the lab's own daemon, and return whether one ran. Its images and volumes stay."""
+    ENVIRONMENT.unlink(missing_ok=True)
     if (pid := running_pid()) is None:
         return False
     process = os.pidfd_open(pid)
-    os.kill(pid, signal.SIGTERM)
-    deadline = time.monotonic() + STOP_SECONDS
-    while Path(f"/proc/{pid}").exists() and running_pid() == pid:
-        if time.monotonic() > deadline:
-            raise LabError(f"dockerd, process {pid}, did not end within {STOP_SECONDS} s")
-        time.sleep(0.1)
-    os.close(process)
+    try:
+        signal.pidfd_send_signal(process, signal.SIGTERM)
+        if not select.select([process], [], [], STOP_SECONDS)[0]:
+            raise LabError(f"dockerd, process {pid}, did not end within {STOP_SECONDS} s: see {FOLDER / 'log'}")
+    finally:
+        os.close(process)
     return True
 
 

@@ -103,7 +103,12 @@ def _link(cli: Path) -> None:
 
 
 def _environment(stand_ins: bool) -> str:
-    lines = [f'export PATH="{BIN}:{Path(sys.executable).parent}:$PATH"', "export PULUMI_SKIP_UPDATE_CHECK=true"]
+    docker = ROOT / ".lab/env"  # where the lab has a Docker daemon of its own
+    lines = [
+        f'export PATH="{BIN}:{Path(sys.executable).parent}:$PATH"',
+        "export PULUMI_SKIP_UPDATE_CHECK=true",
+        f'if [ -e "{docker}" ]; then . "{docker}"; fi',
+    ]
     if stand_ins:  # they must not be found by the user's other projects
         lines.append(f'export PULUMI_HOME="{HOME}"')
     return "".join(f"{line}\n" for line in lines)

@@ -33,3 +33,4 @@ def serve(add: Callable[[grpc.Server], None], stop: threading.Event) -> None:
     threading.Thread(target=end_with_engine, daemon=True).start()
     stop.wait()
     server.stop(grace=1).wait()
+    os._exit(0)  # a program that waits for a resource that failed would hold the interpreter

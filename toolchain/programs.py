@@ -67,9 +67,7 @@ def build(program: Program) -> Path:
             command = [_go(), "build", "-trimpath", "-ldflags=-s -w", "-o", unfinished.name, program.package]
             # Without cgo the binary is static, and runs in an image that has no C library.
             environment = {**os.environ, "CGO_ENABLED": "0"}
-            run = subprocess.run(
-                command, cwd=module, env=environment, capture_output=True, text=True, check=False
-            )
+            run = subprocess.run(command, cwd=module, env=environment, capture_output=True, text=True, check=False)
         if run.returncode:
             Path(unfinished.name).unlink()
             progress.stop()

@@ -231,9 +231,7 @@ class _Servicer(provider_pb2_grpc.ResourceProviderServicer):  # type: ignore[mis
             return provider_pb2.UpdateResponse(properties=PropertyValue.marshal_map({**kept, **known}))
         with _reported(context):
             outputs = kind.update(request.id, plain_map(state), plain_map(inputs))
-        return provider_pb2.UpdateResponse(
-            properties=PropertyValue.marshal_map(self._outputs(kind, inputs, outputs))
-        )
+        return provider_pb2.UpdateResponse(properties=PropertyValue.marshal_map(self._outputs(kind, inputs, outputs)))
 
     def Delete(self, request: Any, context: Any) -> Any:
         kind = self._type(request.urn, context)

@@ -169,7 +169,14 @@ class Container(ResourceType):
         "logOpts",
     }
     replace_on = inputs - in_place
-    defaults = {"restart": "no", "removeVolumes": True, "wait": False, "waitTimeout": 60, "start": True, "mustRun": True}
+    defaults = {
+        "restart": "no",
+        "removeVolumes": True,
+        "wait": False,
+        "waitTimeout": 60,
+        "start": True,
+        "mustRun": True,
+    }
 
     def create(self, name: str, inputs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         api = daemon().api

@@ -1,0 +1,1 @@
+"""`python -m ops`: what operators do with a running registry."""

@@ -1,0 +1,72 @@
+"""What the stack says: asked of the Pulumi CLI, with the backend and passphrase of the environment."""
+
+import json
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+
+
+class OpsError(Exception):
+    """Something is wrong; the text says what, and what to do."""
+
+    def __init__(self, what: str, mend: str) -> None:
+        super().__init__(f"{what}\n{mend}")
+        self.what = what
+        self.mend = mend
+
+
+@dataclass(frozen=True)
+class Registry:
+    """A registry as its stack describes it."""
+
+    address: str
+    """Host and port."""
+    authority: str
+    """The authority's certificate in PEM."""
+    username: str | None
+    password: str | None
+
+    @property
+    def host(self) -> str:
+        return self.address.rpartition(":")[0]
+
+    @property
+    def port(self) -> int:
+        return int(self.address.rpartition(":")[2])
+
+
+def pulumi(*arguments: str, stdin: str | None = None) -> str:
+    """Run the CLI in the project's folder and return what it prints.
+
+    Raises:
+        OpsError: there is no CLI, or it failed; the text has its last lines.
+    """
+    if shutil.which("pulumi") is None:
+        raise OpsError("There is no Pulumi CLI on PATH.", "Run `make toolchain`, then `. .toolchain/env`.")
+    command = ["pulumi", "--non-interactive", "--color", "never", *arguments]
+    run = subprocess.run(command, cwd=ROOT, input=stdin, capture_output=True, text=True, check=False)
+    if run.returncode:
+        said = (run.stderr.strip() or run.stdout.strip())[-2000:]
+        raise OpsError(f"`pulumi {' '.join(arguments)}` failed: {said}", "Mend that, and run this again.")
+    return run.stdout
+
+
+def registry_of(stack: str) -> Registry:
+    """Return the registry that a stack's outputs describe.
+
+    Raises:
+        OpsError: the stack does not exist or was not brought up.
+    """
+    outputs: dict[str, Any] = json.loads(pulumi("stack", "output", "--json", "--show-secrets", "--stack", stack))
+    if "address" not in outputs or "authorityCertificate" not in outputs:
+        raise OpsError(f"The stack {stack} has no outputs: it is not up.", f"Run `pulumi up --stack {stack}` first.")
+    return Registry(
+        address=outputs["address"],
+        authority=outputs["authorityCertificate"],
+        username=outputs.get("username"),
+        password=outputs.get("password"),
+    )

@@ -1,0 +1,75 @@
+"""Real stacks on the real engine and a real Docker daemon, each with a backend, names and a port of its own."""
+
+import contextlib
+import fcntl
+import os
+import socket
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import docker
+import pytest
+
+from lab import dockerd
+from tests.engine.stack import Stack
+
+
+@pytest.fixture(scope="session", autouse=True)
+def docker_host() -> Iterator[str]:
+    """The daemon that all tests share; started by `make lab`, or here."""
+    with (Path(tempfile.gettempdir()) / "private-registry-tests.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # both workers come here at once
+        host = dockerd.start()
+        dockerd.ensure_base_image(host)
+    before = os.environ.get("DOCKER_HOST")
+    os.environ["DOCKER_HOST"] = host
+    yield host
+    if before is None:
+        del os.environ["DOCKER_HOST"]
+    else:
+        os.environ["DOCKER_HOST"] = before
+
+
+@pytest.fixture(scope="session")
+def daemon(docker_host: str) -> Iterator[docker.DockerClient]:
+    client = docker.DockerClient(base_url=docker_host, timeout=120)
+    yield client
+    client.close()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@contextlib.contextmanager
+def new_stack(folder: Path, daemon: docker.DockerClient) -> Iterator[Stack]:
+    """A stack of its own on the daemon; nothing of it is left afterwards, whatever the test did."""
+    name = f"t{uuid.uuid4().hex[:10]}"
+    stack = Stack(name, folder, port=free_port())
+    try:
+        yield stack
+    finally:
+        label = {"label": f"private-registry.stack=private-registry/{name}"}
+        for container in daemon.containers.list(all=True, filters=label):
+            container.remove(force=True, v=True)
+        for volume in daemon.volumes.list(filters=label):
+            volume.remove()
+        stack.remove_trust()
+
+
+@pytest.fixture
+def stack(tmp_path: Path, daemon: docker.DockerClient) -> Iterator[Stack]:
+    with new_stack(tmp_path, daemon) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory, daemon: docker.DockerClient) -> Iterator[Stack]:
+    """A stack that is up, shared by the tests of a file that do not change it."""
+    with new_stack(tmp_path_factory.mktemp("running"), daemon) as made:
+        made.up()
+        yield made

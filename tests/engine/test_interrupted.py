@@ -1,0 +1,101 @@
+"""The CLI is killed in the middle; `ops recover` and `pulumi up` converge, and no image is lost."""
+
+import json
+import random
+from pathlib import Path
+
+import docker
+import pytest
+
+from tests.engine.stack import Stack, kill
+
+LABEL = "private-registry.stack=private-registry/{}"
+RUNS = 20
+
+
+def _checkpoints(stack: Stack) -> int:
+    """How often the engine has written the state: a measure of how far it is that no clock decides."""
+    file = stack.folder / f"state/.pulumi/stacks/private-registry/{stack.name}.json"
+    try:
+        content = json.loads(file.read_text())["checkpoint"]["latest"]
+    except (OSError, ValueError):
+        return -1
+    pending = content.get("pending_operations") or []
+    return len(content.get("resources") or []) * 2 + len(pending)
+
+
+def _kill_after(stack: Stack, verb: str, changes: int) -> None:
+    """Run an update, and kill it when the state has changed so many times; it may have ended before."""
+    process = stack.start(verb)
+    seen, before = 0, _checkpoints(stack)
+    while process.poll() is None and seen < changes:
+        now = _checkpoints(stack)
+        if now not in (before, -1):
+            seen, before = seen + 1, now
+    if process.poll() is None:
+        kill(process)
+
+
+def _converges(stack: Stack, daemon: docker.DockerClient, pushed: str) -> None:
+    stack.ops("recover")
+    stack.up()
+    assert stack.preview("--expect-no-changes").returncode == 0
+    containers = daemon.containers.list(all=True, filters={"label": LABEL.format(stack.name)})
+    assert sorted(container.name for container in containers) == [stack.name, f"{stack.name}-files"]
+    assert stack.state()["deployment"].get("pending_operations") in (None, [])
+    assert Path("/etc/hosts").read_text().count(f" {stack.hostname} ") == 1
+    assert stack.ops("verify").returncode == 0
+    assert stack.pull_image() == pushed
+
+
+@pytest.mark.parametrize("half", [0, 1])
+@pytest.mark.timeout(900)
+def test_a_killed_up_or_destroy_converges_and_the_images_are_there(
+    half: int, stack: Stack, daemon: docker.DockerClient
+) -> None:
+    choose = random.Random(half)
+    stack.up()
+    pushed = stack.push_image()
+    for run in range(RUNS // 2):
+        if run % 2:
+            _kill_after(stack, "destroy", choose.randrange(1, 16))
+        else:
+            stack.destroy()
+            _kill_after(stack, "up", choose.randrange(1, 25))
+        _converges(stack, daemon, pushed)
+
+
+@pytest.mark.timeout(600)
+def test_a_destroy_after_a_killed_up_leaves_nothing_either(stack: Stack, daemon: docker.DockerClient) -> None:
+    for changes in (9, 16, 22):
+        _kill_after(stack, "up", changes)
+        stack.ops("recover")
+        stack.destroy()
+        assert daemon.containers.list(all=True, filters={"label": LABEL.format(stack.name)}) == []
+        assert not stack.trust_file.exists()
+        assert stack.hostname not in Path("/etc/hosts").read_text()
+
+
+def test_recover_refuses_while_an_update_runs(stack: Stack) -> None:
+    process = stack.start("up")
+    locks = stack.folder / f"state/.pulumi/locks/organization/private-registry/{stack.name}"
+    while not list(locks.glob("*.json")):
+        assert process.poll() is None, "the update ended before it was seen"
+    refused = stack.ops("recover", check=False)
+    assert refused.returncode == 1
+    assert f"An update of {stack.name} runs: process {process.pid}" in refused.stdout
+    assert process.wait() == 0
+    assert "Nothing to mend." in stack.ops("recover").stdout
+
+
+def test_recover_says_what_it_did(stack: Stack, daemon: docker.DockerClient) -> None:
+    stack.up()
+    state = stack.state()
+    stack.pulumi("stack", "export", "--file", str(stack.folder / "before.json"))
+    recorded = [entry for entry in state["deployment"]["resources"] if not entry["urn"].endswith("::registry")]
+    state["deployment"]["resources"] = recorded
+    (stack.folder / "without.json").write_text(json.dumps(state))
+    stack.pulumi("stack", "import", "--file", str(stack.folder / "without.json"))
+    assert f"the container {stack.name} was there, but not in the state: removed" in stack.ops("recover").stdout
+    stack.up()
+    assert stack.ops("verify").returncode == 0
