@@ -54,7 +54,7 @@ def _is_address(text: str) -> bool:
 
 def _is_pinned(reference: str) -> bool:
     match = REFERENCE.fullmatch(reference)
-    return bool(match) and bool(match["digest"] or (match["tag"] and match["tag"] != "latest"))
+    return match is not None and bool(match["digest"] or (match["tag"] and match["tag"] != "latest"))
 
 
 def _is_hostname(text: str) -> bool:
@@ -66,13 +66,9 @@ def _is_endpoint(text: str) -> bool:
     return (_is_hostname(host) or _is_address(host)) and port.isdigit() and 1 <= int(port) <= 65535
 
 
-Hostname = Annotated[
-    str, _rule(_is_hostname, "must be a DNS name in lower case", "write one such as registry.example.com")
-]
+Hostname = Annotated[str, _rule(_is_hostname, "must be a DNS name in lower case", "write one such as registry.example.com")]
 IpAddress = Annotated[str, _rule(_is_address, "must be an IP address", "write one such as 10.0.0.5")]
-Port = Annotated[
-    int, _rule(lambda port: 1 <= port <= 65535, "must be a port from 1 to 65535", "write one such as 5000")
-]
+Port = Annotated[int, _rule(lambda port: 1 <= port <= 65535, "must be a port from 1 to 65535", "write one such as 5000")]
 PinnedImage = Annotated[
     str,
     _rule(
@@ -99,9 +95,7 @@ Tag = Annotated[
 ]
 Endpoint = Annotated[
     str,
-    _rule(
-        _is_endpoint, "must be a registry's host, with a port where it is not 443", "write one such as hub.example.com"
-    ),
+    _rule(_is_endpoint, "must be a registry's host, with a port where it is not 443", "write one such as hub.example.com"),
 ]
 DockerName = Annotated[
     str,
@@ -189,9 +183,7 @@ class Container(_Section):
     name: DockerName = Field("registry", description="name of the container")
     address: IpAddress = Field("127.0.0.1", description="address of the Docker host that the port is published on")
     port: Port = Field(5000, description="port of the Docker host that the registry is published on")
-    memory_mib: MemoryMiB | None = Field(
-        None, alias="memoryMiB", description="limit of memory in MiB; none if left out"
-    )
+    memory_mib: MemoryMiB | None = Field(None, alias="memoryMiB", description="limit of memory in MiB; none if left out")
 
 
 class Storage(_Section):
@@ -224,9 +216,7 @@ class Trust(_Section):
 class Settings(_Section):
     """All that a stack says about the registry, but for its secrets."""
 
-    hostname: Hostname = Field(
-        "registry.docker", description="name that clients use, and the certificate's common name"
-    )
+    hostname: Hostname = Field("registry.docker", description="name that clients use, and the certificate's common name")
     certificate: Certificate = Certificate()
     image: Image = Image()
     access: Access = Access()
@@ -350,7 +340,8 @@ def _sentence(detail: Any) -> str:
     kind = detail["type"]
     if kind == "extra_forbidden":
         section = Settings.model_fields[path[0]].annotation
-        assert isinstance(section, type) and issubclass(section, BaseModel)
+        assert isinstance(section, type)
+        assert issubclass(section, BaseModel)
         names = ", ".join(field.alias or name for name, field in section.model_fields.items())
         return f"{key} is not a setting: {path[0]} has {names}; correct or remove {last}"
     if kind == "literal_error":
@@ -382,9 +373,7 @@ def _contradictions(settings: Settings, secrets: Mapping[str, Any], faulty: set[
             "the build would overwrite its own base; choose another repository or tag"
         )
     if "access" not in faulty and settings.access.anonymous and "users" in secrets:
-        faults.append(
-            f"{PROJECT}:access.anonymous is true: it must be false where there are users; remove users or anonymous"
-        )
+        faults.append(f"{PROJECT}:access.anonymous is true: it must be false where there are users; remove users or anonymous")
     if "certificate" not in faulty:
         provided = settings.certificate.mode == "provided"
         if provided and "providedCertificate" not in secrets:
@@ -398,12 +387,12 @@ def _contradictions(settings: Settings, secrets: Mapping[str, Any], faulty: set[
             )
     if "image" not in faulty and "pushCredentials" in secrets and target is None:
         faults.append(f"{PROJECT}:pushCredentials is set: it must come with image.pushTo; set pushTo, or remove it")
-    if not faulty & {"trust", "container"} and settings.trust.hosts_file:
-        if ipaddress.ip_address(settings.container.address).is_unspecified:
-            faults.append(
-                f'{PROJECT}:trust.hostsFile is true: container.address must then be one address, not "'
-                f'{settings.container.address}", as the line names it; write the address, or leave hostsFile out'
-            )
+    everywhere = ipaddress.ip_address(settings.container.address).is_unspecified
+    if not faulty & {"trust", "container"} and settings.trust.hosts_file and everywhere:
+        faults.append(
+            f'{PROJECT}:trust.hostsFile is true: container.address must then be one address, not "'
+            f'{settings.container.address}", as the line names it; write the address, or leave hostsFile out'
+        )
     return faults
 
 
@@ -423,9 +412,7 @@ def _secret_faults(settings: Settings, secrets: Mapping[str, Any]) -> list[str]:
 def _user_faults(users: Any) -> list[str]:
     key = f"{PROJECT}:users"
     if not isinstance(users, dict) or not users:
-        return [
-            f"{key} is not a mapping of names to passwords: it must have one or more; set it with --path {key}.NAME"
-        ]
+        return [f"{key} is not a mapping of names to passwords: it must have one or more; set it with --path {key}.NAME"]
     faults = []
     for name, password in users.items():
         if not USER_NAME.fullmatch(name):
@@ -448,9 +435,7 @@ def _text_faults(key: str, value: Any, parts: tuple[str, ...]) -> list[str]:
     wrong = [part for part in parts if not isinstance(value.get(part), str) or not value[part].strip()]
     faults = [f"{PROJECT}:{key}.{part} is missing: it must be a text; set it with --secret --path" for part in wrong]
     more = sorted(value.keys() - set(parts))
-    return faults + [
-        f"{PROJECT}:{key}.{part} is not a setting: {key} has {', '.join(parts)}; remove it" for part in more
-    ]
+    return faults + [f"{PROJECT}:{key}.{part} is not a setting: {key} has {', '.join(parts)}; remove it" for part in more]
 
 
 def _certificate_faults(settings: Settings, provided: Mapping[str, str]) -> list[str]:
@@ -512,9 +497,7 @@ def stack_file_schema() -> dict[str, Any]:
             "config": {
                 "type": "object",
                 "properties": properties,
-                "propertyNames": {
-                    "pattern": f"^(?!{PROJECT}:)|^{PROJECT}:({'|'.join([*model['properties'], *SECRETS])})$"
-                },
+                "propertyNames": {"pattern": f"^(?!{PROJECT}:)|^{PROJECT}:({'|'.join([*model['properties'], *SECRETS])})$"},
             },
         },
         "$defs": model["$defs"],

@@ -47,9 +47,7 @@ class RegistryCertificate(pulumi.ComponentResource):
         self.register_outputs({"authority_pem": self.authority_pem, "certificate_pem": self.certificate_pem})
 
     def _private_key(self, name: str) -> tls.PrivateKey:
-        return tls.PrivateKey(
-            f"{name}-key", algorithm="RSA", rsa_bits=KEY_BITS, opts=pulumi.ResourceOptions(parent=self)
-        )
+        return tls.PrivateKey(f"{name}-key", algorithm="RSA", rsa_bits=KEY_BITS, opts=pulumi.ResourceOptions(parent=self))
 
     def _self_signed(self, name: str, settings: Certificate, hostname: str) -> None:
         key = self._private_key(f"{name}-server")

@@ -110,7 +110,5 @@ class RegistryContainer(pulumi.ComponentResource):
             opts=in_place_of_the_old,
         )
         self.username = pulumi.Output.unsecret(users.apply(lambda all_users: None if anonymous else min(all_users)))
-        self.password = pulumi.Output.secret(
-            users.apply(lambda all_users: None if anonymous else all_users[min(all_users)])
-        )
+        self.password = pulumi.Output.secret(users.apply(lambda all_users: None if anonymous else all_users[min(all_users)]))
         self.register_outputs({})

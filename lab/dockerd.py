@@ -70,9 +70,7 @@ def _install() -> None:
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     with log.open("w") as output:
         for command in (["update"], ["install", "--yes", "--no-install-recommends", *PACKAGES]):
-            run = subprocess.run(
-                ["apt-get", "-q", *command], env=environment, stdout=output, stderr=output, check=False
-            )
+            run = subprocess.run(["apt-get", "-q", *command], env=environment, stdout=output, stderr=output, check=False)
             if run.returncode:
                 raise LabError(f"apt-get {command[0]} failed: see {log}")
 
@@ -99,8 +97,13 @@ def _start_own() -> str:
             return DEFAULT_HOST
     with (FOLDER / "log").open("w") as log:
         daemon = subprocess.Popen(
-            ["dockerd", "--data-root", str(FOLDER / "data"), "--exec-root", str(FOLDER / "exec")]
-            + ["--pidfile", str(FOLDER / "docker.pid"), "--host", f"unix://{SOCKET}"],
+            [
+                "dockerd",
+                f"--data-root={FOLDER / 'data'}",
+                f"--exec-root={FOLDER / 'exec'}",
+                f"--pidfile={FOLDER / 'docker.pid'}",
+                f"--host=unix://{SOCKET}",
+            ],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

@@ -46,9 +46,7 @@ def verify(
 @app.command()
 def recover(
     stack: Stack = "local",
-    force: Annotated[
-        bool, typer.Option("--force", help="No update runs: clear a lock that cannot be checked.")
-    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="No update runs: clear a lock that cannot be checked.")] = False,
 ) -> None:
     """Mend the state after an interrupted run; then run `pulumi up`."""
     from ops.recover import recover as mend

@@ -139,6 +139,4 @@ def _containers(stack: str) -> dict[str, Any]:
 
 def _dependent_containers(resources: list[dict[str, Any]], gone: set[str]) -> set[str]:
     """Return the containers that cannot stay, as they need one that is gone."""
-    return {
-        entry["urn"] for entry in resources if entry["type"] == CONTAINER and gone & set(entry.get("dependencies", []))
-    }
+    return {entry["urn"] for entry in resources if entry["type"] == CONTAINER and gone & set(entry.get("dependencies", []))}

@@ -70,8 +70,7 @@ def _small_image() -> _Image:
     rootfs = {"type": "layers", "diff_ids": [_digest(archive.getvalue())]}
     config = json.dumps({"architecture": "amd64", "os": "linux", "config": {}, "rootfs": rootfs}).encode()
     described = [
-        {"mediaType": kind, "size": len(data), "digest": _digest(data)}
-        for kind, data in ((CONFIG, config), (LAYER, layer))
+        {"mediaType": kind, "size": len(data), "digest": _digest(data)} for kind, data in ((CONFIG, config), (LAYER, layer))
     ]
     manifest = {"schemaVersion": 2, "mediaType": MANIFEST, "config": described[0], "layers": described[1:]}
     return _Image(config, layer, json.dumps(manifest).encode())
@@ -169,9 +168,7 @@ class Verification:
         try:
             return self._client.request(method, url, **arguments)  # type: ignore[arg-type]
         except httpx.HTTPError as error:
-            raise OpsError(
-                f"{method} {url} got no answer: {error}.", "See what the registry says: `docker logs`."
-            ) from None
+            raise OpsError(f"{method} {url} got no answer: {error}.", "See what the registry says: `docker logs`.") from None
 
     def _expect(self, response: httpx.Response, status: int, doing: str) -> httpx.Response:
         if response.status_code == status:
@@ -272,16 +269,12 @@ def _refused(response: httpx.Response, doing: str) -> OpsError:
             "If the stack's users were changed, run `pulumi up`; the registry then takes the new ones.",
         )
     if response.status_code == 405:
-        return OpsError(
-            f"{what} It is read-only.", "Take it out of maintenance mode, or wait for the garbage collection."
-        )
+        return OpsError(f"{what} It is read-only.", "Take it out of maintenance mode, or wait for the garbage collection.")
     codes = _system_errors(response)
     if ENOSPC in codes:
         return OpsError(f"{what} Its disk is full.", "Grow the disk, or delete images and collect garbage.")
     if EROFS in codes:
-        return OpsError(
-            f"{what} Its filesystem is read-only.", "Check the disk: a filesystem with errors is remounted so."
-        )
+        return OpsError(f"{what} Its filesystem is read-only.", "Check the disk: a filesystem with errors is remounted so.")
     return OpsError(f"{what} {response.text[:200].strip()}", "See what the registry says: `docker logs`.")
 
 
@@ -307,9 +300,7 @@ def _docker_failed(verb: str, said: str, registry: Registry) -> OpsError:
     what = f"`docker {verb}` failed: {said}."
     if "x509" in said or "certificate" in said:
         file = f"/etc/docker/certs.d/{registry.address}/ca.crt"
-        return OpsError(
-            what, f"The daemon does not trust the authority: write the stack's authorityCertificate to {file}."
-        )
+        return OpsError(what, f"The daemon does not trust the authority: write the stack's authorityCertificate to {file}.")
     if "no such host" in said:
         return OpsError(what, f"The daemon's host does not resolve {registry.host}: add it to its hosts file.")
     return OpsError(what, "See whether the Docker daemon answers: `docker info`.")

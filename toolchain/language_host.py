@@ -34,7 +34,7 @@ def _packages() -> Iterator[plugin_pb2.PackageDependency]:
             yield plugin_pb2.PackageDependency(name=needed["name"], kind="resource", version=needed["version"])
 
 
-class LanguageHost(LanguageServer):  # type: ignore[misc]
+class LanguageHost(LanguageServer):
     def __init__(self, engine_address: str) -> None:
         super().__init__(program=lambda: None)
         self._engine_address = engine_address
@@ -75,31 +75,29 @@ class LanguageHost(LanguageServer):  # type: ignore[misc]
 
         self.program = program
         request.args[:] = [self._engine_address]
-        return super().Run(request, context)
+        return super().Run(request, context)  # type: ignore[no-untyped-call]
 
     def RunPlugin(self, request: Any, context: Any) -> Iterator[Any]:
         command = [sys.executable, "-u", request.info.program_directory, *request.args]
         environment = dict(entry.split("=", 1) for entry in request.env)
-        process = subprocess.Popen(
-            command, cwd=request.pwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
+        process = subprocess.Popen(command, cwd=request.pwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         context.add_callback(process.terminate)
-        names = {process.stdout: "stdout", process.stderr: "stderr"}
-        while names:
-            for stream in select.select(list(names), [], [])[0]:
-                if chunk := os.read(stream.fileno(), 65536):
-                    yield language_pb2.RunPluginResponse(**{names[stream]: chunk})
+        open_streams = [stream for stream in (process.stdout, process.stderr) if stream is not None]
+        while open_streams:
+            for stream in select.select(open_streams, [], [])[0]:
+                if not (chunk := os.read(stream.fileno(), 65536)):
+                    open_streams.remove(stream)
+                elif stream is process.stdout:
+                    yield language_pb2.RunPluginResponse(stdout=chunk)
                 else:
-                    del names[stream]
+                    yield language_pb2.RunPluginResponse(stderr=chunk)
         yield language_pb2.RunPluginResponse(exitcode=process.wait())
 
 
 def main() -> None:
     """Serve until the engine is gone."""
     host = LanguageHost(next((word for word in reversed(sys.argv[1:]) if not word.startswith("-")), ""))
-    plugin.serve(
-        lambda server: language_pb2_grpc.add_LanguageRuntimeServicer_to_server(host, server), threading.Event()
-    )
+    plugin.serve(lambda server: language_pb2_grpc.add_LanguageRuntimeServicer_to_server(host, server), threading.Event())
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ if [ -z "\${PULUMI_CONFIG_PASSPHRASE:-}\${PULUMI_CONFIG_PASSPHRASE_FILE:-}" ]; t
   export PULUMI_CONFIG_PASSPHRASE_FILE="$PWD/.local/passphrase"
 fi
 EOF2
+# shellcheck source=/dev/null
 . .toolchain/env
+# shellcheck source=/dev/null
 . .local/env
 cp Pulumi.yaml .local/Pulumi.yaml
 salt=$(grep '^encryptionsalt:' .local/Pulumi.local.yaml 2>/dev/null || true)

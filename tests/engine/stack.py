@@ -182,9 +182,7 @@ class Stack:
 
     def log_in(self) -> None:
         outputs = self.outputs()
-        self.docker(
-            "login", "--username", outputs["username"], "--password-stdin", self.address, stdin=outputs["password"]
-        )
+        self.docker("login", "--username", outputs["username"], "--password-stdin", self.address, stdin=outputs["password"])
 
     def push_image(self, name: str = "kept") -> str:
         """Push the registry's base image under a name, and return its digest."""

@@ -82,9 +82,7 @@ def test_a_certificate_inside_its_renewal_window_is_renewed_and_clients_stay_as_
     assert stack.ops("verify", "--docker").returncode == 0
 
 
-def test_a_container_that_was_removed_by_hand_is_made_again_after_a_refresh(
-    stack: Stack, daemon: docker.DockerClient
-) -> None:
+def test_a_container_that_was_removed_by_hand_is_made_again_after_a_refresh(stack: Stack, daemon: docker.DockerClient) -> None:
     stack.up()
     pushed = stack.push_image()
     daemon.containers.get(stack.name).remove(force=True)
@@ -112,7 +110,7 @@ def test_a_foreign_container_of_that_name_is_left_alone(stack: Stack, daemon: do
         failed = stack.up(check=False)
         assert failed.returncode != 0
         assert f'The container name "/{stack.name}" is already in use' in failed.stdout
-        assert daemon.containers.get(foreign.id).status == "created"
+        assert daemon.containers.get(str(foreign.id)).status == "created"
     finally:
         foreign.remove(force=True)
     stack.up()

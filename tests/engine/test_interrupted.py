@@ -50,9 +50,7 @@ def _converges(stack: Stack, daemon: docker.DockerClient, pushed: str) -> None:
 
 @pytest.mark.parametrize("half", [0, 1])
 @pytest.mark.timeout(900)
-def test_a_killed_up_or_destroy_converges_and_the_images_are_there(
-    half: int, stack: Stack, daemon: docker.DockerClient
-) -> None:
+def test_a_killed_up_or_destroy_converges_and_the_images_are_there(half: int, stack: Stack, daemon: docker.DockerClient) -> None:
     choose = random.Random(half)
     stack.up()
     pushed = stack.push_image()

@@ -1,6 +1,5 @@
 """Malformed stacks: each is refused at preview by one message that names the value, the rule and the mend."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -162,11 +161,11 @@ SECRETS: dict[str, tuple[dict[str, str], dict[str, Any], tuple[str, str, str]]] 
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory, docker_host: str) -> Iterator[Stack]:
+def project(tmp_path_factory: pytest.TempPathFactory, docker_host: str) -> Stack:
     stack = Stack("malformed", tmp_path_factory.mktemp("malformed"), port=5000)
     salt = yaml.safe_load(stack.file.read_text())["encryptionsalt"]
     stack.salt = salt  # type: ignore[attr-defined]
-    yield stack
+    return stack
 
 
 def _refusal(stack: Stack) -> str:

@@ -93,9 +93,7 @@ def test_the_registry_comes_back_by_itself_when_its_process_dies(running: Stack,
     assert running.ops("verify").returncode == 0
 
 
-def test_destroy_leaves_the_images_and_nothing_else_and_up_serves_them_again(
-    stack: Stack, daemon: docker.DockerClient
-) -> None:
+def test_destroy_leaves_the_images_and_nothing_else_and_up_serves_them_again(stack: Stack, daemon: docker.DockerClient) -> None:
     stack.up()
     pushed = stack.push_image()
     volumes = {volume.name for volume in daemon.volumes.list()}

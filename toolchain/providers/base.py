@@ -103,7 +103,7 @@ def _type_token(urn: str) -> str:
     return urn.split("::")[2].split("$")[-1]
 
 
-class _Servicer(provider_pb2_grpc.ResourceProviderServicer):  # type: ignore[misc]
+class _Servicer(provider_pb2_grpc.ResourceProviderServicer):
     def __init__(self, package: str, types: Mapping[str, ResourceType], stop: threading.Event) -> None:
         self._package = package
         self._types = types
@@ -140,9 +140,7 @@ class _Servicer(provider_pb2_grpc.ResourceProviderServicer):  # type: ignore[mis
         return provider_pb2.DiffResponse(changes=provider_pb2.DiffResponse.DIFF_NONE)
 
     def Configure(self, request: Any, context: Any) -> Any:
-        return provider_pb2.ConfigureResponse(
-            acceptSecrets=True, supportsPreview=True, acceptResources=True, acceptOutputs=True
-        )
+        return provider_pb2.ConfigureResponse(acceptSecrets=True, supportsPreview=True, acceptResources=True, acceptOutputs=True)
 
     def Check(self, request: Any, context: Any) -> Any:
         kind = self._type(request.urn, context)
@@ -178,11 +176,11 @@ class _Servicer(provider_pb2_grpc.ResourceProviderServicer):  # type: ignore[mis
         stale = kind.stale(plain_map(PropertyValue.unmarshal_map(request.olds)))
         detailed = {}
         for key in changed:
-            name = "ADD" if key not in olds else "DELETE" if key not in news else "UPDATE"
-            name += "_REPLACE" if key in kind.replace_on else ""
-            detailed[key] = provider_pb2.PropertyDiff(kind=name, inputDiff=True)
+            change = "ADD" if key not in olds else "DELETE" if key not in news else "UPDATE"
+            change += "_REPLACE" if key in kind.replace_on else ""
+            detailed[key] = provider_pb2.PropertyDiff(kind=provider_pb2.PropertyDiff.Kind.Value(change), inputDiff=True)
         for key in stale:
-            detailed[key] = provider_pb2.PropertyDiff(kind="UPDATE_REPLACE")
+            detailed[key] = provider_pb2.PropertyDiff(kind=provider_pb2.PropertyDiff.UPDATE_REPLACE)
         return provider_pb2.DiffResponse(
             changes=provider_pb2.DiffResponse.DIFF_SOME if detailed else provider_pb2.DiffResponse.DIFF_NONE,
             replaces=[*replaces, *stale],
@@ -198,7 +196,7 @@ class _Servicer(provider_pb2_grpc.ResourceProviderServicer):  # type: ignore[mis
             known = {key: value for key, value in inputs.items() if not unknown(plain(value))}
             return provider_pb2.CreateResponse(properties=PropertyValue.marshal_map(known))
         name = request.urn.split("::")[-1]
-        with _reported(context):
+        with _Reported(context):
             identifier, outputs = kind.create(name, plain_map(inputs))
         properties = self._outputs(kind, inputs, outputs)
         return provider_pb2.CreateResponse(id=identifier, properties=PropertyValue.marshal_map(properties))
@@ -207,7 +205,7 @@ class _Servicer(provider_pb2_grpc.ResourceProviderServicer):  # type: ignore[mis
         kind = self._type(request.urn, context)
         state = PropertyValue.unmarshal_map(request.properties)
         inputs = PropertyValue.unmarshal_map(request.inputs)
-        with _reported(context):
+        with _Reported(context):
             found = kind.read(request.id, plain_map(state))
         if found is None:
             return provider_pb2.ReadResponse()
@@ -229,13 +227,13 @@ class _Servicer(provider_pb2_grpc.ResourceProviderServicer):  # type: ignore[mis
             kept = {key: state[key] for key in kind.kept(before, changed) if key in state}
             known = {key: value for key, value in inputs.items() if not unknown(plain(value))}
             return provider_pb2.UpdateResponse(properties=PropertyValue.marshal_map({**kept, **known}))
-        with _reported(context):
+        with _Reported(context):
             outputs = kind.update(request.id, plain_map(state), plain_map(inputs))
         return provider_pb2.UpdateResponse(properties=PropertyValue.marshal_map(self._outputs(kind, inputs, outputs)))
 
     def Delete(self, request: Any, context: Any) -> Any:
         kind = self._type(request.urn, context)
-        with _reported(context):
+        with _Reported(context):
             kind.delete(request.id, plain_map(PropertyValue.unmarshal_map(request.properties)))
         return empty_pb2.Empty()
 
@@ -244,7 +242,7 @@ class _Servicer(provider_pb2_grpc.ResourceProviderServicer):  # type: ignore[mis
         return empty_pb2.Empty()
 
 
-class _reported:
+class _Reported:
     """Turn an error into the one sentence that the engine prints, without a traceback where we foresaw it."""
 
     def __init__(self, context: grpc.ServicerContext) -> None:

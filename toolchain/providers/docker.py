@@ -147,9 +147,7 @@ def _archive(upload: Mapping[str, Any]) -> bytes:
 
 
 class Container(ResourceType):
-    in_place = frozenset(
-        {"restart", "memory", "destroyGraceSeconds", "wait", "waitTimeout", "removeVolumes", "start", "mustRun"}
-    )
+    in_place = frozenset({"restart", "memory", "destroyGraceSeconds", "wait", "waitTimeout", "removeVolumes", "start", "mustRun"})
     inputs = in_place | {
         "image",
         "name",
@@ -262,8 +260,8 @@ class Container(ResourceType):
     def update(self, identifier: str, state: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
         container = daemon().containers.get(identifier)
         limit = inputs.get("memory", 0) << 20
-        swap = {"memswap_limit": -1} if not limit else {"memswap_limit": 2 * limit}
-        container.update(restart_policy={"Name": inputs["restart"]}, mem_limit=limit, **swap)
+        swap = 2 * limit or -1  # Docker refuses a limit above the limit with swap that the container had
+        container.update(restart_policy={"Name": inputs["restart"]}, mem_limit=limit, memswap_limit=swap)
         return {"name": state["name"]}
 
     def kept(self, state: Mapping[str, Any], changed: frozenset[str]) -> frozenset[str]:

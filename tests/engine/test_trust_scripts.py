@@ -1,0 +1,138 @@
+"""hosts/trust-install.sh and trust-remove.sh on this machine's own files, with names that nobody else has."""
+
+import os
+import subprocess
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+HOSTS = Path("/etc/hosts")
+PEM = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----"
+
+
+class Script:
+    def __init__(self) -> None:
+        self.host = f"h{uuid.uuid4().hex[:10]}.test"
+        self.address = f"{self.host}:5000"
+        self.file = Path(f"/etc/docker/certs.d/{self.address}/ca.crt")
+
+    def run(
+        self, name: str, *, authority: str = PEM, docker: str = "yes", resolve: str = "127.0.0.9"
+    ) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "REGISTRY": self.address, "TRUST_DOCKER": docker, "RESOLVE_TO": resolve}
+        return subprocess.run(
+            [str(ROOT / f"hosts/trust-{name}.sh")],
+            env=environment,
+            input=authority,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def lines(self) -> list[str]:
+        return [line for line in HOSTS.read_text().splitlines() if self.host in line]
+
+
+@pytest.fixture
+def script() -> Iterator[Script]:
+    made = Script()
+    yield made
+    if made.file.parent.exists():
+        for file in made.file.parent.iterdir():
+            file.unlink()
+        made.file.parent.rmdir()
+    HOSTS.write_text("".join(line for line in HOSTS.read_text().splitlines(keepends=True) if made.host not in line))
+
+
+def test_install_writes_the_authority_and_one_line(script: Script) -> None:
+    for _ in range(2):
+        assert script.run("install").returncode == 0
+    assert PEM in script.file.read_text()
+    assert script.file.stat().st_mode & 0o777 == 0o644
+    assert script.lines() == [f"127.0.0.9 {script.host} # private-registry {script.address}"]
+
+
+def test_another_authority_takes_the_place_of_the_first(script: Script) -> None:
+    script.run("install")
+    script.run("install", authority=PEM.replace("AAAA", "BBBB"))
+    assert "BBBB" in script.file.read_text()
+    assert "AAAA" not in script.file.read_text()
+
+
+def test_remove_takes_both_away_and_can_run_again(script: Script) -> None:
+    before = HOSTS.read_text()
+    script.run("install")
+    for _ in range(2):
+        assert script.run("remove").returncode == 0
+    assert not script.file.parent.exists()
+    assert HOSTS.read_text() == before
+
+
+def test_a_foreign_authority_is_left_alone_by_both(script: Script) -> None:
+    script.file.parent.mkdir(parents=True)
+    script.file.write_text("of somebody else")
+    refused = script.run("install")
+    assert refused.returncode == 3
+    assert "is not of this registry's stack" in refused.stderr
+    assert script.lines() == []
+    script.run("remove")
+    assert script.file.read_text() == "of somebody else"
+
+
+def test_other_files_in_the_folder_are_left_alone(script: Script) -> None:
+    script.run("install")
+    other = script.file.parent / "client.cert"
+    other.write_text("of somebody else")
+    script.run("remove")
+    assert other.read_text() == "of somebody else"
+    assert not script.file.exists()
+
+
+def test_a_foreign_line_for_the_name_is_refused_and_kept(script: Script) -> None:
+    with HOSTS.open("a") as hosts:
+        hosts.write(f"10.1.2.3 {script.host}\n")
+    refused = script.run("install", docker="no")
+    assert refused.returncode == 3
+    assert f"has {script.host} at 10.1.2.3 already" in refused.stderr
+    script.run("remove")
+    assert script.lines() == [f"10.1.2.3 {script.host}"]
+
+
+def test_an_install_that_was_cut_off_leaves_no_half_file_after_the_next(script: Script) -> None:
+    script.file.parent.mkdir(parents=True)
+    (script.file.parent / ".ca.crt.abcdef").write_text("half")
+    script.run("install")
+    script.run("remove")
+    assert not script.file.parent.exists()
+
+
+def test_twenty_stacks_at_once_lose_no_line(script: Script) -> None:
+    scripts = [Script() for _ in range(20)]
+    try:
+        running = [
+            subprocess.Popen(
+                [str(ROOT / "hosts/trust-install.sh")],
+                env={**os.environ, "REGISTRY": one.address, "TRUST_DOCKER": "no", "RESOLVE_TO": "127.0.0.9"},
+                stdin=subprocess.DEVNULL,
+            )
+            for one in scripts
+        ]
+        assert [process.wait() for process in running] == [0] * 20
+        assert all(len(one.lines()) == 1 for one in scripts)
+    finally:
+        for one in scripts:
+            one.run("remove")
+    assert not any(one.lines() for one in scripts)
+
+
+def test_without_permission_it_says_what_to_do(script: Script) -> None:
+    command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", str(ROOT / "hosts/trust-install.sh")]
+    # The checkout may be out of an ordinary user's reach: the script comes by standard input's neighbour, the command.
+    command[4:] = ["sh", "-c", (ROOT / "hosts/trust-install.sh").read_text()]
+    environment = {**os.environ, "REGISTRY": script.address, "TRUST_DOCKER": "yes", "RESOLVE_TO": ""}
+    refused = subprocess.run(command, env=environment, input=PEM, cwd="/", capture_output=True, text=True, check=False)
+    assert refused.returncode == 4
+    assert "run pulumi as root, or set private-registry:trust.docker to false" in refused.stderr

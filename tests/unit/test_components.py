@@ -1,0 +1,123 @@
+"""What the program registers, recorded by the SDK's mocks: a contract over all resources."""
+
+import asyncio
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pulumi
+import pytest
+from pulumi.runtime import mocks
+from pulumi.runtime.stack import wait_for_rpcs
+
+import settings
+
+ROOT = Path(__file__).parent.parent.parent
+SECRET_OUTPUTS = {"tls:index/privateKey:PrivateKey": {"privateKeyPem": "a private key"}}
+OUTPUTS = {
+    "tls:index/selfSignedCert:SelfSignedCert": {"certPem": "an authority"},
+    "tls:index/certRequest:CertRequest": {"certRequestPem": "a request"},
+    "tls:index/locallySignedCert:LocallySignedCert": {"certPem": "a certificate"},
+    "docker:index/image:Image": {"repoDigest": "sha256:0123"},
+}
+
+
+class Recorder(mocks.Mocks):
+    def __init__(self) -> None:
+        self.resources: dict[str, mocks.MockResourceArgs] = {}
+
+    def call(self, args: mocks.MockCallArgs) -> Any:
+        raise AssertionError(f"the program calls {args.token}")
+
+    def new_resource(self, args: mocks.MockResourceArgs) -> tuple[str, dict[Any, Any]]:
+        self.resources[f"{args.typ}/{args.name}"] = args
+        outputs = {key: pulumi.Output.secret(value) for key, value in SECRET_OUTPUTS.get(args.typ, {}).items()}
+        return f"{args.name}-id", {**args.inputs, **OUTPUTS.get(args.typ, {}), **outputs}
+
+
+def program(**config: str) -> Recorder:
+    """Run the program on mocks and return what it registered."""
+    recorder = Recorder()
+    pulumi.runtime.set_mocks(recorder, project="private-registry", stack="test", preview=False)
+    pulumi.runtime.set_all_config({f"private-registry:{key}": value for key, value in config.items()}, [])
+
+    async def run() -> None:
+        runpy.run_path(str(ROOT / "__main__.py"))
+        await wait_for_rpcs()
+
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    loop.run_until_complete(run())
+    return recorder
+
+
+@pytest.fixture(scope="module")
+def recorded() -> Recorder:
+    return program(trust='{"docker": true}')
+
+
+def test_only_packages_with_a_stand_in_are_used(recorded: Recorder) -> None:
+    packages = {args.typ.partition(":")[0] for args in recorded.resources.values()}
+    assert packages == {"private-registry", "tls", "docker", "command"}
+
+
+@pytest.mark.parametrize(
+    "name", ["container:Container/registry", "container:Container/registry-files", "volume:Volume/registry-images"]
+)
+def test_containers_and_volume_carry_the_stacks_label(recorded: Recorder, name: str) -> None:
+    (key,) = [key for key in recorded.resources if key.endswith(name)]
+    labels = recorded.resources[key].inputs["labels"]
+    assert labels == [{"label": "private-registry.stack", "value": "private-registry/test"}]
+
+
+def test_the_containers_run_the_image_by_its_content(recorded: Recorder) -> None:
+    for name in ("registry", "registry-files"):
+        args = recorded.resources[f"docker:index/container:Container/{name}"]
+        assert args.inputs["image"] == "sha256:0123"
+
+
+def test_the_private_key_is_in_no_input_of_the_running_container_or_the_image(recorded: Recorder) -> None:
+    for key in ("docker:index/container:Container/registry", "docker:index/image:Image/image"):
+        assert "a private key" not in str(recorded.resources[key].inputs)
+
+
+def test_the_uploaded_secrets_are_secret_and_for_the_registrys_user_alone(recorded: Recorder) -> None:
+    marked = recorded.resources["docker:index/container:Container/registry-files"].inputs["uploads"]
+    assert pulumi.runtime.rpc._special_sig_key in marked
+    uploads = marked["value"]
+    assert {upload["permissions"] for upload in uploads} == {"0400"}
+    assert {upload["owner"] for upload in uploads} == {"1000"}
+
+
+def test_trust_gets_the_authority_by_standard_input(recorded: Recorder) -> None:
+    args = recorded.resources["command:local:Command/trust"].inputs
+    assert args["stdin"] == "an authority"
+    assert args["update"] == args["create"], "without an update any edit would run the create again"
+    assert args["addPreviousOutputInEnv"] is False
+
+
+def test_without_trust_nothing_is_run_on_this_machine() -> None:
+    assert not [key for key in program().resources if key.startswith("command:")]
+
+
+def test_the_image_is_built_for_a_pinned_platform_and_not_pushed(recorded: Recorder) -> None:
+    args = recorded.resources["docker:index/image:Image/image"].inputs
+    assert args["build"]["platform"] == settings.Image().platform
+    assert args["skipPush"] is True
+
+
+def test_the_image_is_pushed_where_the_stack_says() -> None:
+    args = program(image='{"pushTo": "hub.example.com"}').resources["docker:index/image:Image/image"].inputs
+    assert args["imageName"] == "hub.example.com/yeepay/registry:3.1.2"
+    assert args["skipPush"] is False
+    assert args["registry"]["server"] == "hub.example.com"
+
+
+def test_main_has_no_logic_and_under_60_lines() -> None:
+    assert len((ROOT / "__main__.py").read_text().splitlines()) < 60
+
+
+def test_no_component_imports_another() -> None:
+    for file in (ROOT / "components").glob("*.py"):
+        imported = [line for line in file.read_text().splitlines() if line.startswith(("import comp", "from comp"))]
+        assert all("components.configuration" in line for line in imported), file
