@@ -236,8 +236,7 @@ SECRETS: Mapping[str, str] = {
     "pushCredentials": "username and password for image.pushTo",
 }
 _TYPE_RULES = {
-    "int_type": ("must be a whole number", "write it without quotes"),
-    "int_from_float": ("must be a whole number", "write it without a fraction"),
+    "int_type": ("must be a whole number", "write it without quotes and without a fraction"),
     "bool_type": ("must be true or false", "write it without quotes"),
     "string_type": ("must be a text", "write it in quotes"),
     "tuple_type": ("must be a list", "write its items in brackets"),

@@ -30,7 +30,6 @@ WARNING_DAYS = 30
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 CONFIG = "application/vnd.oci.image.config.v1+json"
 LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
-ENOSPC, EROFS = 28, 30
 
 
 @dataclass(frozen=True)
@@ -270,30 +269,11 @@ def _refused(response: httpx.Response, doing: str) -> OpsError:
         )
     if response.status_code == 405:
         return OpsError(f"{what} It is read-only.", "Take it out of maintenance mode, or wait for the garbage collection.")
-    codes = _system_errors(response)
-    if ENOSPC in codes:
+    if "no space left on device" in response.text:
         return OpsError(f"{what} Its disk is full.", "Grow the disk, or delete images and collect garbage.")
-    if EROFS in codes:
+    if "read-only file system" in response.text:
         return OpsError(f"{what} Its filesystem is read-only.", "Check the disk: a filesystem with errors is remounted so.")
     return OpsError(f"{what} {response.text[:200].strip()}", "See what the registry says: `docker logs`.")
-
-
-def _system_errors(response: httpx.Response) -> set[int]:
-    """Return the numbers of operating system errors in Distribution's error body."""
-    try:
-        pending = [response.json()]
-    except ValueError:
-        return set()
-    found = set()
-    while pending:
-        item = pending.pop()
-        if isinstance(item, dict):
-            if isinstance(item.get("Err"), int):
-                found.add(item["Err"])
-            pending += item.values()
-        elif isinstance(item, list):
-            pending += item
-    return found
 
 
 def _docker_failed(verb: str, said: str, registry: Registry) -> OpsError:

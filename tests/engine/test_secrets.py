@@ -52,7 +52,7 @@ class Traces:
 
     def _commands(self) -> str:
         stack = self.stack
-        runs = [stack.preview("--diff"), stack.up("--diff", "--verbose", "9", "--logtostderr"), stack.preview("--json")]
+        runs = [stack.preview("--diff"), stack.up("--diff"), stack.preview("--json")]
         stack.set("container", memoryMiB=256)
         runs += [stack.preview("--diff"), stack.up(), stack.ops("verify", "--docker"), stack.ops("recover")]
         return "".join(run.stdout + run.stderr for run in runs)

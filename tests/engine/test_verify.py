@@ -45,7 +45,7 @@ def test_what_was_pushed_for_the_check_is_deleted(running: Stack) -> None:
     with running.client() as client:
         for repository in client.get("/v2/_catalog").json()["repositories"]:
             if repository.startswith("private-registry-verify/"):
-                assert client.get(f"/v2/{repository}/tags/list").json()["tags"] is None
+                assert client.get(f"/v2/{repository}/tags/list").json()["tags"] in (None, [])
 
 
 def test_a_name_that_does_not_resolve(registry: Registry) -> None:
@@ -214,18 +214,6 @@ def test_a_full_disk(odd: OddRegistry) -> None:
 def test_a_read_only_disk(odd: OddRegistry) -> None:
     error = fails(odd.start(read_only=True))
     assert "Its filesystem is read-only" in error.what
-
-
-def test_a_daemon_that_does_not_trust_the_authority(running: Stack) -> None:
-    kept = running.trust_file.read_text()
-    running.trust_file.unlink()
-    try:
-        failed = running.ops("verify", "--docker", check=False)
-    finally:
-        running.trust_file.write_text(kept)
-    assert failed.returncode == 1
-    assert "✓ delete" in failed.stdout
-    assert "The daemon does not trust the authority" in failed.stdout
 
 
 def test_a_stack_that_is_not_up(tmp_path: Path, daemon: docker.DockerClient) -> None:

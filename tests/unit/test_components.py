@@ -38,6 +38,8 @@ class Recorder(mocks.Mocks):
 def program(**config: str) -> Recorder:
     """Run the program on mocks and return what it registered."""
     recorder = Recorder()
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
     pulumi.runtime.set_mocks(recorder, project="private-registry", stack="test", preview=False)
     pulumi.runtime.set_all_config({f"private-registry:{key}": value for key, value in config.items()}, [])
 
@@ -45,8 +47,6 @@ def program(**config: str) -> Recorder:
         runpy.run_path(str(ROOT / "__main__.py"))
         await wait_for_rpcs()
 
-    loop = asyncio.new_event_loop()
-    asyncio.set_event_loop(loop)
     loop.run_until_complete(run())
     return recorder
 
