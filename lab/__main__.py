@@ -1,43 +1,83 @@
 """`python -m lab`: the real servers that tests and the demo need."""
 
+import contextlib
+from collections.abc import Iterator
+from enum import StrEnum
+from typing import Annotated
+
 import typer
 from rich.console import Console
 
-from lab import dockerd
+from lab import dockerd, kubernetes
+from lab.debian import LabError
 from toolchain.programs import ToolchainError
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True)
 console = Console(highlight=False, soft_wrap=True)
 
 
-@app.command()
-def up() -> None:
-    """Make sure that a Docker daemon answers and has the registry's base image."""
+class Server(StrEnum):
+    """What the lab has."""
+
+    DOCKER = "docker"
+    KUBERNETES = "kubernetes"
+
+
+Which = Annotated[Server, typer.Argument(help="Which of the lab's servers.")]
+
+
+@contextlib.contextmanager
+def _reported() -> Iterator[None]:
     try:
+        yield
+    except (LabError, ToolchainError) as error:
+        console.print(f"[red]error[/red] {error}")
+        raise typer.Exit(1) from None
+
+
+@app.command()
+def up(
+    server: Which = Server.DOCKER,
+    nodes: Annotated[int, typer.Option(help="How many nodes the Kubernetes cluster has.")] = 1,
+) -> None:
+    """Make sure that a Docker daemon answers and has the registry's base image, or that a Kubernetes cluster does."""
+    with _reported():
+        if server is Server.KUBERNETES:
+            console.print(f"kubernetes: {kubernetes.up(nodes)}")
+            return
         host = dockerd.start()
         own = ": the project's own, ended by `make rm`" if host.endswith(str(dockerd.SOCKET)) else ""
         console.print(f"docker: {host}{own}")
         console.print(f"base image: {dockerd.BASE_IMAGE}, {dockerd.ensure_base_image(host)}")
-    except (dockerd.LabError, ToolchainError) as error:
-        console.print(f"[red]error[/red] {error}")
-        raise typer.Exit(1) from None
 
 
 @app.command()
-def down() -> None:
-    """End the project's own Docker daemon; its images and volumes stay."""
-    try:
-        console.print("docker: ended" if dockerd.stop() else "docker: none of the project's own runs")
-    except dockerd.LabError as error:
-        console.print(f"[red]error[/red] {error}")
-        raise typer.Exit(1) from None
+def down(server: Which = Server.DOCKER) -> None:
+    """End the project's own Docker daemon, whose images and volumes stay; or its Kubernetes, of which nothing stays."""
+    with _reported():
+        if server is Server.KUBERNETES:
+            console.print("kubernetes: ended" if kubernetes.down() else "kubernetes: there is none")
+        else:
+            console.print("docker: ended" if dockerd.stop() else "docker: none of the project's own runs")
 
 
 @app.command()
-def address() -> None:
-    """Print the address of the Docker daemon that answers, or nothing."""
-    if host := dockerd.address():
-        typer.echo(host)
+def status() -> None:
+    """Say what runs."""
+    console.print(f"docker: {dockerd.address() or 'none answers'}")
+    if not (processes := kubernetes.status()):
+        console.print("kubernetes: there is none")
+    for process in processes:
+        state = f"process {process.pid}, {process.megabytes} MB" if process.pid else "[red]ended[/red]"
+        console.print(f"kubernetes: {process.box} {process.name}: {state}")
+
+
+@app.command()
+def address(server: Which = Server.DOCKER) -> None:
+    """Print the address of the Docker daemon that answers, or the path of the cluster's kubeconfig; or nothing."""
+    found = kubernetes.address() if server is Server.KUBERNETES else dockerd.address()
+    if found:
+        typer.echo(found)
 
 
 if __name__ == "__main__":

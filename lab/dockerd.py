@@ -13,6 +13,7 @@ from pathlib import Path
 import docker
 import docker.errors
 
+from lab.debian import LabError, can_install, install
 from toolchain.programs import REGISTRY, ROOT, build
 
 DEFAULT_HOST = "unix:///var/run/docker.sock"
@@ -24,10 +25,6 @@ BASE_IMAGE = "registry:3.1.2"
 PACKAGES = ("docker.io", "iptables", "busybox-static")
 START_SECONDS = 60
 STOP_SECONDS = 60
-
-
-class LabError(Exception):
-    """A server could not be had; the text says why and what to do."""
 
 
 def _answers(host: str) -> bool:
@@ -60,19 +57,12 @@ def running_pid() -> int | None:
 
 
 def _install() -> None:
-    if os.geteuid() != 0 or shutil.which("apt-get") is None:
+    if not can_install():
         raise LabError(
             "No Docker daemon answers. Start Docker, or set DOCKER_HOST to a daemon that you may use; "
             "the project starts one of its own only for root on Debian."
         )
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    log = FOLDER / "apt.log"
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    with log.open("w") as output:
-        for command in (["update"], ["install", "--yes", "--no-install-recommends", *PACKAGES]):
-            run = subprocess.run(["apt-get", "-q", *command], env=environment, stdout=output, stderr=output, check=False)
-            if run.returncode:
-                raise LabError(f"apt-get {command[0]} failed: see {log}")
+    install(PACKAGES, FOLDER / "apt.log")
 
 
 def start() -> str:

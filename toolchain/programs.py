@@ -1,4 +1,4 @@
-"""Programs that no package registry has ready-made, built from their Go modules into a cache that outlives the checkout."""
+"""Programs that no package registry has ready-made, built from Go modules into a cache that outlives the checkout."""
 
 import fcntl
 import hashlib
@@ -24,16 +24,52 @@ class ToolchainError(Exception):
 
 @dataclass(frozen=True)
 class Program:
-    """A Go program: the module folder here that pins it, and its import path."""
+    """A Go program: its import path, and the module folder here that pins it."""
 
     name: str
     package: str
     minutes: float
     """How long the build takes on two cores, for the one line that says so."""
+    module: str = ""
+    """The module's folder, where several programs share one; else it is the program's name."""
+    linker_flags: tuple[str, ...] = ()
+    """What the linker is told besides: a version that the program cannot know by itself."""
+
+    @property
+    def folder(self) -> Path:
+        """Return the folder of the module."""
+        return ROOT / "toolchain" / (self.module or self.name)
+
+    @property
+    def binary(self) -> Path:
+        """Return the place in the cache for what these pins and flags make."""
+        pins = b"".join((self.folder / file).read_bytes() for file in ("go.mod", "go.sum"))
+        pins += " ".join(self.linker_flags).encode()
+        return CACHE / f"{self.folder.name}-{hashlib.sha256(pins).hexdigest()[:12]}" / self.name
 
 
 PULUMI = Program("pulumi", "github.com/pulumi/pulumi/pkg/v3/cmd/pulumi", 5)
 REGISTRY = Program("registry", "github.com/distribution/distribution/v3/cmd/registry", 2.5)
+KUBERNETES_VERSION = "1.30.14"
+# Without these a node says that it runs v0.0.0-master, which clients that compare versions take for an ancient one.
+_KUBERNETES_FLAGS = tuple(
+    f"-X={package}.{variable}={value}"
+    for package in ("k8s.io/component-base/version", "k8s.io/client-go/pkg/version")
+    for variable, value in zip(
+        ("gitVersion", "gitMajor", "gitMinor"), (f"v{KUBERNETES_VERSION}", *KUBERNETES_VERSION.split(".")), strict=False
+    )
+)
+# The first one built compiles most of what the others share.
+KUBERNETES = tuple(
+    Program(name, f"k8s.io/kubernetes/cmd/{name}", minutes, "kubernetes", _KUBERNETES_FLAGS)
+    for name, minutes in (
+        ("kube-apiserver", 4.5),
+        ("kube-controller-manager", 1),
+        ("kube-scheduler", 0.1),
+        ("kubelet", 0.5),
+        ("kube-proxy", 0.2),
+    )
+)
 
 
 def _go() -> str:
@@ -53,9 +89,7 @@ def build(program: Program) -> Path:
 
     Two builders at once wait for each other, and a build that was cut off leaves nothing behind that looks whole.
     """
-    module = ROOT / "toolchain" / program.name
-    pins = b"".join((module / file).read_bytes() for file in ("go.mod", "go.sum"))
-    binary = CACHE / f"{program.name}-{hashlib.sha256(pins).hexdigest()[:12]}" / program.name
+    binary = program.binary
     if binary.exists():
         return binary
     binary.parent.mkdir(parents=True, exist_ok=True)
@@ -64,10 +98,11 @@ def build(program: Program) -> Path:
         if binary.exists():
             return binary
         with tempfile.NamedTemporaryFile(dir=binary.parent, delete=False) as unfinished:
-            command = [_go(), "build", "-trimpath", "-ldflags=-s -w", "-o", unfinished.name, program.package]
+            linker_flags = " ".join(("-s", "-w", *program.linker_flags))
+            command = [_go(), "build", "-trimpath", f"-ldflags={linker_flags}", "-o", unfinished.name, program.package]
             # Without cgo the binary is static, and runs in an image that has no C library.
             environment = {**os.environ, "CGO_ENABLED": "0"}
-            run = subprocess.run(command, cwd=module, env=environment, capture_output=True, text=True, check=False)
+            run = subprocess.run(command, cwd=program.folder, env=environment, capture_output=True, text=True, check=False)
         if run.returncode:
             Path(unfinished.name).unlink()
             progress.stop()

@@ -1,0 +1,30 @@
+"""Debian packages that the lab's servers come from."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+
+class LabError(Exception):
+    """A server could not be had; the text says why and what to do."""
+
+
+def can_install() -> bool:
+    """Tell whether this is root on Debian, for whom packages are installed without asking."""
+    return os.geteuid() == 0 and shutil.which("apt-get") is not None
+
+
+def install(packages: tuple[str, ...], log: Path) -> None:
+    """Install the packages, with apt-get's output in the log.
+
+    Raises:
+        LabError: apt-get failed.
+    """
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as output:
+        for command in (["update"], ["install", "--yes", "--no-install-recommends", *packages]):
+            run = subprocess.run(["apt-get", "-q", *command], env=environment, stdout=output, stderr=output, check=False)
+            if run.returncode:
+                raise LabError(f"apt-get {command[0]} failed: see {log}")
