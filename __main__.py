@@ -4,9 +4,8 @@ import pulumi
 
 import settings
 from components.certificate import RegistryCertificate
-from components.container import RegistryContainer
+from components.configuration import first_user, registry_users
 from components.image import RegistryImage
-from components.trust import ClientTrust
 
 config = pulumi.Config()
 try:
@@ -14,26 +13,45 @@ try:
 except settings.SettingsError as error:
     raise pulumi.RunError(str(error)) from None
 
-certificate = RegistryCertificate(
-    "certificate",
-    stack.certificate,
-    hostname=stack.hostname,
-    provided=config.get_secret_object("providedCertificate"),
-)
-image = RegistryImage("image", stack.image, credentials=config.get_secret_object("pushCredentials"))
-registry = RegistryContainer(
-    "registry",
-    stack,
-    image=image.reference,
-    certificate_pem=certificate.certificate_pem,
-    private_key_pem=certificate.private_key_pem,
-    users=config.get_secret_object("users"),
-)
+push_credentials = config.get_secret_object("pushCredentials")
+provided = config.get_secret_object("providedCertificate")
+certificate = RegistryCertificate("certificate", stack.certificate, hostname=stack.hostname, provided=provided)
+ssh_private_key = config.get_secret("sshPrivateKey")
+image = RegistryImage("image", stack.image, credentials=push_credentials, ssh_private_key=ssh_private_key)
+users = registry_users(config.get_secret_object("users"), certificate.private_key_pem)
+# Each target's SDK is imported only where it is used: importing one takes longer than all else that the program does.
+if stack.target == "docker":
+    from components.container import RegistryContainer
+
+    RegistryContainer(
+        "registry",
+        stack,
+        image=image.reference,
+        certificate_pem=certificate.certificate_pem,
+        private_key_pem=certificate.private_key_pem,
+        users=users,
+    )
+else:
+    from components.workload import RegistryWorkload
+
+    RegistryWorkload(
+        "registry",
+        stack,
+        image=image.reference,
+        certificate_pem=certificate.certificate_pem,
+        private_key_pem=certificate.private_key_pem,
+        users=users,
+        pull_credentials=push_credentials,
+    )
+    pulumi.export("workload", {"namespace": stack.kubernetes.namespace, "name": stack.kubernetes.name})
 if stack.trust.docker or stack.trust.hosts_file:
+    from components.trust import ClientTrust
+
     ClientTrust("trust", stack, authority_pem=certificate.authority_pem)
 
 pulumi.export("address", stack.address)
 pulumi.export("authorityCertificate", certificate.authority_pem)
-pulumi.export("username", registry.username)
-pulumi.export("password", registry.password)
-pulumi.export("login", pulumi.Output.format("docker login {0} --username {1}", stack.address, registry.username))
+if not stack.access.anonymous:
+    user = first_user(users)
+    pulumi.export("username", pulumi.Output.unsecret(user["username"]))
+    pulumi.export("password", pulumi.Output.secret(user["password"]))

@@ -27,7 +27,14 @@ REFERENCE = re.compile(
     rf"(?:{DOMAIN}/)?{PATH_COMPONENT}(?:/{PATH_COMPONENT})*"
     rf"(?::(?P<tag>{TAG.pattern}))?(?:@(?P<digest>sha256:[a-f0-9]{{64}}))?"
 )
+DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+# https://kubernetes.io/docs/reference/kubernetes-api/common-definitions/quantity/, the forms that mean something here
+CPU_QUANTITY = re.compile(r"[1-9][0-9]*m?|0\.[0-9]{1,3}")
+MEMORY_QUANTITY = re.compile(r"[1-9][0-9]*(Mi|Gi|Ti)")
 DOCKER_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{1,127}")
+LOGIN_NAME = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
+# RSA is left out: with an RSA host key the SSH library of the official command plugin fails against today's servers.
+HOST_KEY = re.compile(r"(ssh-ed25519|ecdsa-sha2-nistp(256|384|521)) [A-Za-z0-9+/]+={0,2}")
 USER_NAME = re.compile(r"[A-Za-z0-9._@-]{1,64}")
 LONGEST_PASSWORD = 72  # bytes: bcrypt ignores what comes after them
 SHORTEST_PASSWORD = 8
@@ -105,6 +112,54 @@ DockerName = Annotated[
         "write one such as registry",
     ),
 ]
+DnsLabel = Annotated[
+    str,
+    _rule(
+        lambda text: bool(DNS_LABEL.fullmatch(text)),
+        "must be a DNS label: at most 63 small letters, digits or dashes",
+        "write one such as registry",
+    ),
+]
+NodePort = Annotated[
+    int,
+    _rule(lambda port: 30000 <= port <= 32767, "must be a node port from 30000 to 32767", "write one such as 32500"),
+]
+Cpu = Annotated[
+    str,
+    _rule(lambda text: bool(CPU_QUANTITY.fullmatch(text)), "must be a number of CPUs", 'write one such as "4" or "500m"'),
+]
+Memory = Annotated[
+    str,
+    _rule(
+        lambda text: bool(MEMORY_QUANTITY.fullmatch(text)),
+        "must be a size with the unit Mi, Gi or Ti",
+        "write one such as 10Gi",
+    ),
+]
+Seconds = Annotated[
+    int,
+    _rule(lambda seconds: 0 <= seconds <= 3600, "must be a number of seconds from 0 to 3600", "write one such as 300"),
+]
+SizeGiB = Annotated[
+    int, _rule(lambda size: 1 <= size <= 1 << 20, "must be a number of GiB from 1 to 1048576", "write one such as 1000")
+]
+Host = Annotated[
+    str,
+    _rule(
+        lambda text: _is_hostname(text) or _is_address(text),
+        "must be a DNS name or an IP address",
+        "write one such as node1.example.com",
+    ),
+]
+LoginName = Annotated[str, _rule(lambda text: bool(LOGIN_NAME.fullmatch(text)), "must be a user name", "write one such as root")]
+HostKey = Annotated[
+    str,
+    _rule(
+        lambda text: bool(HOST_KEY.fullmatch(text)),
+        "must be an ed25519 or ecdsa host key",
+        "write the two words that `ssh-keyscan -t ed25519 HOST` prints after the name",
+    ),
+]
 ValidityDays = Annotated[
     int,
     _rule(lambda days: 1 <= days <= 7300, "must be a number of days from 1 to 7300", "write one such as 365"),
@@ -156,6 +211,15 @@ class Certificate(_Section):
         return self
 
 
+class SshHost(_Section):
+    """A machine that is reached over SSH."""
+
+    address: Host = Field(description="name or address of the machine")
+    port: Port = Field(22, description="port of its SSH server")
+    user: LoginName = Field("root", description="user to log in as; others than root need sudo without a password")
+    host_key: HostKey = Field(description="its host key: without it anyone could answer in its place")
+
+
 class Image(_Section):
     """The registry's own image."""
 
@@ -164,6 +228,9 @@ class Image(_Section):
     tag: Tag = Field("3.1.2", description="tag of the built image")
     platform: Literal["linux/amd64", "linux/arm64"] = Field("linux/amd64", description="platform to build for")
     push_to: Endpoint | None = Field(None, description="another registry to push the built image to")
+    nodes: tuple[SshHost, ...] = Field(
+        (), description="nodes of the cluster to copy the built image to over SSH, where there is no other registry"
+    )
 
     @property
     def name(self) -> str:
@@ -186,12 +253,61 @@ class Container(_Section):
     memory_mib: MemoryMiB | None = Field(None, alias="memoryMiB", description="limit of memory in MiB; none if left out")
 
 
+class Ingress(_Section):
+    """A way in by the cluster's ingress controller, with a certificate of its own."""
+
+    host: Hostname = Field(description="name that clients use for this way in")
+    class_name: DnsLabel | None = Field(None, description="ingress class; the cluster's default if left out")
+    tls_secret: DnsLabel = Field(description="secret of type kubernetes.io/tls with the ingress's certificate")
+
+
+class Monitoring(_Section):
+    """Metrics and alerts for the Prometheus operator."""
+
+    namespace: DnsLabel = Field(description="namespace that may read the metrics on port 5001")
+
+
+class Kubernetes(_Section):
+    """The registry as a ReplicationController in a cluster."""
+
+    name: DnsLabel = Field("registry", description="name of the ReplicationController, the Service and all that they need")
+    namespace: DnsLabel = Field("default", description="namespace of the registry; it has to exist")
+    node_port: NodePort = Field(32500, description="port of each node on which the registry is reached")
+    cpu: Cpu = Field("4", description="CPUs of the pod, requested and at most")
+    memory: Memory = Field("10Gi", description="memory of the pod, requested and at most")
+    toleration_seconds: Seconds = Field(30, description="seconds after which the pod leaves a node that does not answer")
+    ready_timeout_seconds: Seconds = Field(300, description="seconds that `pulumi up` waits for the pod to be ready")
+    node_selector: dict[str, str] = Field({}, description="labels that the pod's node must have")
+    affinity: dict[str, Any] = Field({}, description="the pod's affinity, as Kubernetes has it")
+    priority_class: DnsLabel | None = Field(None, description="priority class of the pod")
+    pull_secret_namespaces: tuple[DnsLabel, ...] = Field(
+        (), description="namespaces that get a pull secret for this registry, named NAME-pull"
+    )
+    ingress: Ingress | None = Field(None, description="a way in by the cluster's ingress controller")
+    monitoring: Monitoring | None = Field(None, description="metrics and alerts for the Prometheus operator")
+
+
+class Claim(_Section):
+    """The claim that holds all images in a cluster: one that exists, or one that the stack makes."""
+
+    existing: DnsLabel | None = Field(None, description="name of a claim that exists")
+    class_name: DnsLabel | None = Field(None, description="storage class of the claim; the cluster's default if left out")
+    size_gib: SizeGiB = Field(1000, alias="sizeGiB", description="size of the claim in GiB")
+
+    @model_validator(mode="after")
+    def _existing_is_taken_as_it_is(self) -> Self:
+        if self.existing is not None and self.model_fields_set & {"class_name", "size_gib"}:
+            raise PydanticCustomError("rule", "existing contradicts className and sizeGiB; leave existing or the others out", {})
+        return self
+
+
 class Storage(_Section):
     """Where the images are kept."""
 
     volume: DockerName = Field("registry", description="name of the Docker volume with all images")
+    claim: Claim = Field(Claim(), description="the claim that holds all images in a cluster")
     on_destroy: Literal["keep", "delete"] = Field(
-        "keep", description="what `pulumi destroy` does with the volume: keep it, or delete it with all images"
+        "keep", description="what `pulumi destroy` does with the volume or the claim: keep it, or delete it with all images"
     )
     protect: bool = Field(False, description="true: Pulumi refuses every change that would delete the volume")
 
@@ -216,24 +332,28 @@ class Trust(_Section):
 class Settings(_Section):
     """All that a stack says about the registry, but for its secrets."""
 
+    target: Literal["docker", "kubernetes"] = Field("docker", description="where the registry runs")
     hostname: Hostname = Field("registry.docker", description="name that clients use, and the certificate's common name")
     certificate: Certificate = Certificate()
     image: Image = Image()
     access: Access = Access()
     container: Container = Container()
+    kubernetes: Kubernetes = Kubernetes()
     storage: Storage = Storage()
     trust: Trust = Trust()
 
     @property
     def address(self) -> str:
         """What clients write before a repository: host and port."""
-        return f"{self.hostname}:{self.container.port}"
+        port = self.container.port if self.target == "docker" else self.kubernetes.node_port
+        return f"{self.hostname}:{port}"
 
 
 SECRETS: Mapping[str, str] = {
     "users": "user names and passwords; without them there is one user, admin, whose password is generated",
     "providedCertificate": "PEM texts certificate (with its chain), privateKey and authority, for certificate.mode: provided",
     "pushCredentials": "username and password for image.pushTo",
+    "sshPrivateKey": "private key in PEM or OpenSSH form for image.nodes",
 }
 _TYPE_RULES = {
     "int_type": ("must be a whole number", "write it without quotes and without a fraction"),
@@ -285,7 +405,7 @@ def load(config: Mapping[str, str], secret_keys: set[str], stack: str) -> Settin
                 secrets[key] = value
         elif key not in known:
             names = ", ".join(sorted([*known, *SECRETS]))
-            faults.append(f"{full_key} is not a setting: it must be one of {names}; correct or remove it")
+            faults.append(f"{json.dumps(full_key)[1:-1]} is not a setting: it must be one of {names}; correct or remove it")
         elif full_key in secret_keys:
             faults.append(f"{full_key} is encrypted: only {', '.join(SECRETS)} may be; set it without --secret")
         else:
@@ -302,6 +422,7 @@ def load(config: Mapping[str, str], secret_keys: set[str], stack: str) -> Settin
             valid[key] = getattr(one, key)
     settings = settings.model_copy(update=valid)
     faults += _contradictions(settings, secrets, sections.keys() - valid.keys())
+    faults += _of_the_other_target(settings, sections)
     faults += _secret_faults(settings, secrets)
     if faults:
         raise SettingsError(stack, faults)
@@ -333,7 +454,8 @@ def _parsed(text: str) -> Any:
 def _sentence(detail: Any) -> str:
     """Put one of pydantic's faults as value, rule and mend."""
     *path, last = detail["loc"]
-    key = f"{PROJECT}:" + ".".join(str(step) for step in detail["loc"])
+    last = json.dumps(str(last))[1:-1]  # a key may have anything in it, such as the end of a line
+    key = f"{PROJECT}:" + ".".join(json.dumps(str(step))[1:-1] for step in detail["loc"])
     value = json.dumps(detail["input"], default=str)
     value = value if len(value) <= 80 else value[:77] + "..."
     kind = detail["type"]
@@ -353,15 +475,42 @@ def _sentence(detail: Any) -> str:
     return f"{key} is {value}: it {detail['msg']}"
 
 
+def _of_the_other_target(settings: Settings, sections: Mapping[str, Any]) -> list[str]:
+    """Return what a stack says of the target that it does not have, or does not say of the one that it has."""
+    faults = []
+
+    def says(section: str, key: str) -> bool:
+        return isinstance(sections.get(section), dict) and key in sections[section]
+
+    if settings.target == "docker":
+        given = ["kubernetes"] if "kubernetes" in sections else []
+        given += ["image.nodes"] if settings.image.nodes else []
+        given += ["storage.claim"] if says("storage", "claim") else []
+        mend = "set target: kubernetes, or remove it"
+    else:
+        given = ["container"] if "container" in sections else []
+        given += ["storage.volume"] if says("storage", "volume") else []
+        given += ["trust.hostsFile"] if says("trust", "hostsFile") else []
+        mend = "set target: docker, or remove it"
+        if settings.image.push_to is None and not (says("image", "pushTo") or says("image", "nodes")):
+            faults.append(
+                f"{PROJECT}:image.pushTo is missing: it must name a registry that the nodes can pull from; write one such as "
+                "hub.example.com, or list image.nodes"
+            )
+    other = "kubernetes" if settings.target == "docker" else "docker"
+    return faults + [f"{PROJECT}:{key} is set: it must come with target: {other}; {mend}" for key in given]
+
+
 def _contradictions(settings: Settings, secrets: Mapping[str, Any], faulty: set[str]) -> list[str]:
     """Return what does not go together. Sections that are faulty by themselves have their defaults here and are left out."""
     faults = []
     target = settings.image.push_to
     if target and not faulty & {"image", "hostname", "container"}:
-        own = {settings.address, f"{settings.container.address}:{settings.container.port}"}
-        own |= {f"{name}:{settings.container.port}" for name in (*settings.certificate.names, "localhost")}
-        own |= {f"{address}:{settings.container.port}" for address in settings.certificate.addresses}
-        if target in own or (settings.container.port == 443 and f"{target}:443" in own):
+        port = settings.address.rpartition(":")[2]
+        names = {settings.hostname, settings.container.address, "localhost"}
+        names |= {*settings.certificate.names, *settings.certificate.addresses}
+        own = {f"{name}:{port}" for name in names}
+        if target in own or f"{target}:443" in own:
             faults.append(
                 f'{PROJECT}:image.pushTo is "{target}": it must be another registry, as a registry\'s own image never '
                 "comes from itself; name another one, or leave pushTo out"
@@ -370,6 +519,13 @@ def _contradictions(settings: Settings, secrets: Mapping[str, Any], faulty: set[
         faults.append(
             f'{PROJECT}:image.repository is "{settings.image.repository}": with its tag it must differ from image.base, or '
             "the build would overwrite its own base; choose another repository or tag"
+        )
+    if target and settings.image.nodes:
+        faults.append(f"{PROJECT}:image.nodes is set: it must not come with image.pushTo; leave one of them out")
+    if "image" not in faulty and bool(settings.image.nodes) != ("sshPrivateKey" in secrets):
+        faults.append(
+            f"{PROJECT}:sshPrivateKey must be set exactly where image.nodes is; set it with "
+            f"`pulumi config set --secret {PROJECT}:sshPrivateKey <FILE`, or remove it"
         )
     if "access" not in faulty and settings.access.anonymous and "users" in secrets:
         faults.append(f"{PROJECT}:access.anonymous is true: it must be false where there are users; remove users or anonymous")
@@ -397,6 +553,8 @@ def _contradictions(settings: Settings, secrets: Mapping[str, Any], faulty: set[
 
 def _secret_faults(settings: Settings, secrets: Mapping[str, Any]) -> list[str]:
     faults = []
+    if "sshPrivateKey" in secrets and "PRIVATE KEY-----" not in str(secrets["sshPrivateKey"]):
+        faults.append(f"{PROJECT}:sshPrivateKey cannot be read: it must be a private key; set the file's whole text")
     if "users" in secrets:
         faults += _user_faults(secrets["users"])
     if "pushCredentials" in secrets:
@@ -487,7 +645,7 @@ def stack_file_schema() -> dict[str, Any]:
     model = Settings.model_json_schema()
     properties = {f"{PROJECT}:{key}": value for key, value in model["properties"].items()}
     for key, description in SECRETS.items():
-        properties[f"{PROJECT}:{key}"] = {"type": "object", "description": f"secret: {description}"}
+        properties[f"{PROJECT}:{key}"] = {"description": f"secret: {description}"}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Stack of the private registry",

@@ -9,6 +9,8 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
+import pulumi
+
 PASSWORD_BYTES = 18  # 144 bits, 24 characters
 BCRYPT_COST = 10  # log2 of the rounds: 60 ms a check, which each push and pull pays
 # bcrypt's own order of the 64 characters: https://github.com/openbsd/src/blob/master/lib/libc/crypt/bcrypt.c
@@ -23,6 +25,20 @@ def _derived(private_key_pem: str, purpose: str, length: int) -> bytes:
 
     hkdf = HKDF(algorithm=SHA256(), length=length, salt=None, info=f"private-registry {purpose}".encode())
     return hkdf.derive(private_key_pem.encode())
+
+
+def registry_users(
+    configured: pulumi.Output[dict[str, str]] | None, private_key_pem: pulumi.Output[str]
+) -> pulumi.Output[dict[str, str]]:
+    """Return passwords by user name: those of the stack, else one user, admin, with a password of its own."""
+    if configured is not None:
+        return configured
+    return private_key_pem.apply(lambda pem: {"admin": admin_password(pem)})
+
+
+def first_user(users: pulumi.Output[dict[str, str]]) -> pulumi.Output[dict[str, str]]:
+    """Return a user that may push and pull, as username and password."""
+    return users.apply(lambda everyone: {"username": min(everyone), "password": everyone[min(everyone)]})
 
 
 def admin_password(private_key_pem: str) -> str:
@@ -43,15 +59,28 @@ def htpasswd(users: Mapping[str, str], private_key_pem: str) -> str:
     return "".join(lines)
 
 
-def registry_configuration(private_key_pem: str, *, anonymous: bool) -> str:
+def http_secret(private_key_pem: str) -> str:
+    """Return the secret by which the registry signs the state of uploads; all replicas must have the same."""
+    return _derived(private_key_pem, "http.secret", 32).hex()
+
+
+def registry_configuration(*, anonymous: bool, secret: str | None = None, debug_address: str | None = None) -> str:
     """Return the image's config.yml with what only the running registry may know.
 
     Source: https://distribution.github.io/distribution/about/configuration/
+
+    Args:
+        anonymous: let everyone in.
+        secret: the http.secret; left out where it comes by the environment.
+        debug_address: address of health and metrics, where others than the container itself may read them.
     """
     import yaml
 
     configuration = yaml.safe_load((Path(__file__).parent.parent / "image/config.yml").read_text())
-    configuration["http"]["secret"] = _derived(private_key_pem, "http.secret", 32).hex()
+    if secret is not None:
+        configuration["http"]["secret"] = secret
+    if debug_address is not None:
+        configuration["http"]["debug"]["addr"] = debug_address
     if not anonymous:
         configuration["auth"] = {"htpasswd": {"realm": "private-registry", "path": "/auth/htpasswd"}}
     return yaml.safe_dump(configuration, sort_keys=False)

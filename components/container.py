@@ -3,11 +3,10 @@
 import pulumi
 import pulumi_docker as docker
 
-from components.configuration import admin_password, htpasswd, registry_configuration
+from components.configuration import htpasswd, http_secret, registry_configuration
 from settings import Settings
 
 USER = "1000"
-DEFAULT_USER = "admin"
 STOP_SECONDS = 30  # above the registry's own drain timeout of 20 s
 
 
@@ -18,11 +17,6 @@ class RegistryContainer(pulumi.ComponentResource):
     file into a read-only root, but it does into a volume, and these volumes go when that container goes.
     """
 
-    username: pulumi.Output[str | None]
-    """A user that may push and pull; none where access is anonymous."""
-    password: pulumi.Output[str | None]
-    """That user's password; secret."""
-
     def __init__(
         self,
         name: str,
@@ -31,7 +25,7 @@ class RegistryContainer(pulumi.ComponentResource):
         image: pulumi.Input[str],
         certificate_pem: pulumi.Input[str],
         private_key_pem: pulumi.Input[str],
-        users: pulumi.Output[dict[str, str]] | None,
+        users: pulumi.Output[dict[str, str]],
         opts: pulumi.ResourceOptions | None = None,
     ) -> None:
         super().__init__("private-registry:index:RegistryContainer", name, None, opts)
@@ -48,13 +42,13 @@ class RegistryContainer(pulumi.ComponentResource):
             ),
         )
         key = pulumi.Output.secret(private_key_pem)
-        if users is None:
-            users = key.apply(lambda pem: {DEFAULT_USER: admin_password(pem)})
         anonymous = settings.access.anonymous
         files: dict[str, pulumi.Input[str]] = {
             "/certs/domain.crt": certificate_pem,
             "/certs/domain.key": key,
-            "/etc/distribution/config.yml": key.apply(lambda pem: registry_configuration(pem, anonymous=anonymous)),
+            "/etc/distribution/config.yml": key.apply(
+                lambda pem: registry_configuration(anonymous=anonymous, secret=http_secret(pem))
+            ),
         }
         if not anonymous:
             files["/auth/htpasswd"] = pulumi.Output.all(users, key).apply(lambda both: htpasswd(both[0], both[1]))
@@ -109,6 +103,4 @@ class RegistryContainer(pulumi.ComponentResource):
             labels=[docker.ContainerLabelArgs(label=label, value=value) for label, value in labels],
             opts=in_place_of_the_old,
         )
-        self.username = pulumi.Output.unsecret(users.apply(lambda all_users: None if anonymous else min(all_users)))
-        self.password = pulumi.Output.secret(users.apply(lambda all_users: None if anonymous else all_users[min(all_users)]))
         self.register_outputs({})

@@ -18,6 +18,7 @@ class RegistryImage(pulumi.ComponentResource):
         settings: Image,
         *,
         credentials: pulumi.Output[dict[str, str]] | None = None,
+        ssh_private_key: pulumi.Output[str] | None = None,
         opts: pulumi.ResourceOptions | None = None,
     ) -> None:
         super().__init__("private-registry:index:RegistryImage", name, None, opts)
@@ -43,4 +44,27 @@ class RegistryImage(pulumi.ComponentResource):
             opts=pulumi.ResourceOptions(parent=self),
         )
         self.reference = image.repo_digest
+        if settings.nodes:
+            assert ssh_private_key is not None
+            self.reference = self._delivered(name, settings, image.repo_digest, ssh_private_key)
         self.register_outputs({"reference": self.reference})
+
+    def _delivered(
+        self, name: str, settings: Image, image_id: pulumi.Output[str], ssh_private_key: pulumi.Output[str]
+    ) -> pulumi.Output[str]:
+        """Copy the image to the nodes under a name that changes with its content, and return that name once it is there."""
+        import pulumi_command as command
+
+        content = image_id.apply(lambda digest: digest.removeprefix("sha256:")[:12])
+        reference = pulumi.Output.concat("docker.io/", settings.name, "-", content)
+        nodes = [f"{node.user} {node.address} {node.port} {node.host_key}" for node in settings.nodes]
+        delivery = command.local.Command(
+            f"{name}-delivery",
+            create="hosts/image-deliver.sh",
+            update="hosts/image-deliver.sh",
+            stdin=ssh_private_key,
+            environment={"IMAGE": image_id, "REFERENCE": reference, "NODES": "\n".join(nodes)},
+            add_previous_output_in_env=False,
+            opts=pulumi.ResourceOptions(parent=self),
+        )
+        return pulumi.Output.all(reference, delivery.id).apply(lambda both: str(both[0]))

@@ -3,7 +3,7 @@
 import bcrypt
 import yaml
 
-from components.configuration import admin_password, htpasswd, registry_configuration
+from components.configuration import admin_password, htpasswd, http_secret, registry_configuration
 
 KEY = "a private key in PEM"
 
@@ -12,7 +12,7 @@ def test_the_same_key_makes_the_same_password_hashes_and_configuration() -> None
     users = {"alice": "correct horse"}
     assert admin_password(KEY) == admin_password(KEY)
     assert htpasswd(users, KEY) == htpasswd(users, KEY)
-    assert registry_configuration(KEY, anonymous=False) == registry_configuration(KEY, anonymous=False)
+    assert http_secret(KEY) == http_secret(KEY)
 
 
 def test_another_key_makes_others() -> None:
@@ -49,12 +49,12 @@ def test_the_order_of_the_users_does_not_matter() -> None:
 
 
 def test_users_are_asked_for_unless_access_is_anonymous() -> None:
-    assert yaml.safe_load(registry_configuration(KEY, anonymous=False))["auth"]["htpasswd"]["path"] == "/auth/htpasswd"
-    assert "auth" not in yaml.safe_load(registry_configuration(KEY, anonymous=True))
+    assert yaml.safe_load(registry_configuration(anonymous=False))["auth"]["htpasswd"]["path"] == "/auth/htpasswd"
+    assert "auth" not in yaml.safe_load(registry_configuration(anonymous=True))
 
 
 def test_the_drain_time_is_below_the_grace_period() -> None:
     from components.container import STOP_SECONDS
 
-    drain = yaml.safe_load(registry_configuration(KEY, anonymous=True))["http"]["draintimeout"]
+    drain = yaml.safe_load(registry_configuration(anonymous=True))["http"]["draintimeout"]
     assert int(drain.removesuffix("s")) < STOP_SECONDS
