@@ -4,20 +4,55 @@ Source: pulumi/proto/pulumi/provider.proto of the Pulumi SDK.
 """
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, ClassVar
 
 import grpc
 from google.protobuf import empty_pb2
 from pulumi.provider.experimental.property_value import Computed, PropertyValue
-from pulumi.runtime.proto import plugin_pb2, provider_pb2, provider_pb2_grpc
+from pulumi.runtime.proto import plugin_pb2, provider_pb2, provider_pb2_grpc, status_pb2
 
 from toolchain import plugin
+
+# What the engine writes for a value of each type that is not known before the update, as one of them has no spelling of
+# its own: sdk/go/common/resource/plugin/rpc.go.
+UNKNOWNS = frozenset(
+    {
+        "1c4a061d-8072-4f0a-a4cb-0ff528b18fe7",
+        "3eeb2bf0-c639-47a8-9e75-3b44932eb421",
+        "04da6b54-80e4-46f7-96ec-b56ff0331ba9",
+        "6a19a0b0-7e62-4c92-b797-7f8e31da9cc2",
+        "030794c1-ac77-496b-92df-f27374a8bd58",
+        "e48ece36-62e2-4504-bad9-02848725956a",
+        "dd056dcd-154b-4c76-9bd3-c8f88648b5ff",
+    }
+)
+
+
+class _Unknown:
+    """A value that is not known before the update; it is equal to nothing but itself."""
+
+
+UNKNOWN = _Unknown()
 
 
 class ProviderError(Exception):
     """An operation failed; its text is what the user reads under the resource's name."""
+
+
+class InitializationError(ProviderError):
+    """It was made or changed, but did not become what it should be.
+
+    The engine keeps such a resource in the state, marked as failed, and updates it at the next run.
+    """
+
+    def __init__(self, identifier: str, properties: Mapping[str, Any], reasons: Sequence[str]) -> None:
+        """Take the outputs, which a resource type gives as plain values, and the sentences that the user reads."""
+        super().__init__("\n".join(reasons))
+        self.identifier = identifier
+        self.properties = properties
+        self.reasons = reasons
 
 
 class ResourceType:
@@ -63,7 +98,7 @@ class ResourceType:
 
 
 def plain(value: PropertyValue) -> Any:
-    """Return the Python value without its marks (secret, dependencies). What is not known becomes ``Computed``."""
+    """Return the Python value without its marks (secret, dependencies). What is not known becomes ``UNKNOWN``."""
     inner = value.value
     if isinstance(inner, PropertyValue):
         return plain(inner)
@@ -71,6 +106,8 @@ def plain(value: PropertyValue) -> Any:
         return {key: plain(item) for key, item in inner.items()}
     if isinstance(inner, (list, tuple)):
         return [plain(item) for item in inner]
+    if isinstance(inner, Computed) or (isinstance(inner, str) and inner in UNKNOWNS):
+        return UNKNOWN
     if isinstance(inner, float) and inner.is_integer():
         return int(inner)
     return inner
@@ -96,21 +133,21 @@ def unknown(value: Any) -> bool:
         return any(unknown(item) for item in value.values())
     if isinstance(value, list):
         return any(unknown(item) for item in value)
-    return isinstance(value, Computed)
+    return value is UNKNOWN
 
 
-def _type_token(urn: str) -> str:
+def type_token(urn: str) -> str:
     return urn.split("::")[2].split("$")[-1]
 
 
-class _Servicer(provider_pb2_grpc.ResourceProviderServicer):
+class Servicer(provider_pb2_grpc.ResourceProviderServicer):
     def __init__(self, package: str, types: Mapping[str, ResourceType], stop: threading.Event) -> None:
         self._package = package
         self._types = types
         self._stop = stop
 
     def _type(self, urn: str, context: grpc.ServicerContext) -> ResourceType:
-        token = _type_token(urn)
+        token = type_token(urn)
         if token not in self._types:
             context.abort(
                 grpc.StatusCode.UNIMPLEMENTED,
@@ -152,7 +189,7 @@ class _Servicer(provider_pb2_grpc.ResourceProviderServicer):
         known = {key: value for key, value in inputs.items() if not unknown(value)}
         news.update({key: marked(value) for key, value in kind.computed_inputs(known).items()})
         faults = [
-            (key, f"the stand-in plugin does not know the input {key!r} of {_type_token(request.urn)}")
+            (key, f"the stand-in plugin does not know the input {key!r} of {type_token(request.urn)}")
             for key in inputs
             if key not in kind.inputs
         ]
@@ -196,7 +233,7 @@ class _Servicer(provider_pb2_grpc.ResourceProviderServicer):
             known = {key: value for key, value in inputs.items() if not unknown(plain(value))}
             return provider_pb2.CreateResponse(properties=PropertyValue.marshal_map(known))
         name = request.urn.split("::")[-1]
-        with _Reported(context):
+        with Reported(context, inputs, lambda outputs: self._outputs(kind, inputs, outputs)):
             identifier, outputs = kind.create(name, plain_map(inputs))
         properties = self._outputs(kind, inputs, outputs)
         return provider_pb2.CreateResponse(id=identifier, properties=PropertyValue.marshal_map(properties))
@@ -205,7 +242,7 @@ class _Servicer(provider_pb2_grpc.ResourceProviderServicer):
         kind = self._type(request.urn, context)
         state = PropertyValue.unmarshal_map(request.properties)
         inputs = PropertyValue.unmarshal_map(request.inputs)
-        with _Reported(context):
+        with Reported(context):
             found = kind.read(request.id, plain_map(state))
         if found is None:
             return provider_pb2.ReadResponse()
@@ -227,13 +264,13 @@ class _Servicer(provider_pb2_grpc.ResourceProviderServicer):
             kept = {key: state[key] for key in kind.kept(before, changed) if key in state}
             known = {key: value for key, value in inputs.items() if not unknown(plain(value))}
             return provider_pb2.UpdateResponse(properties=PropertyValue.marshal_map({**kept, **known}))
-        with _Reported(context):
+        with Reported(context, inputs, lambda outputs: self._outputs(kind, inputs, outputs)):
             outputs = kind.update(request.id, plain_map(state), plain_map(inputs))
         return provider_pb2.UpdateResponse(properties=PropertyValue.marshal_map(self._outputs(kind, inputs, outputs)))
 
     def Delete(self, request: Any, context: Any) -> Any:
         kind = self._type(request.urn, context)
-        with _Reported(context):
+        with Reported(context):
             kind.delete(request.id, plain_map(PropertyValue.unmarshal_map(request.properties)))
         return empty_pb2.Empty()
 
@@ -242,24 +279,43 @@ class _Servicer(provider_pb2_grpc.ResourceProviderServicer):
         return empty_pb2.Empty()
 
 
-class _Reported:
+class Reported:
     """Turn an error into the one sentence that the engine prints, without a traceback where we foresaw it."""
 
-    def __init__(self, context: grpc.ServicerContext) -> None:
+    def __init__(
+        self,
+        context: grpc.ServicerContext,
+        inputs: Mapping[str, PropertyValue] | None = None,
+        complete: Callable[[Mapping[str, Any]], Mapping[str, PropertyValue]] | None = None,
+    ) -> None:
+        """Take what the state of a resource that failed its initialization needs: inputs, and a maker of outputs."""
         self._context = context
+        self._inputs = inputs or {}
+        self._complete = complete
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, InitializationError) and self._complete:
+            detail = provider_pb2.ErrorResourceInitFailed(
+                id=error.identifier,
+                properties=PropertyValue.marshal_map(dict(self._complete(error.properties))),
+                inputs=PropertyValue.marshal_map(dict(self._inputs)),
+                reasons=error.reasons,
+            )
+            status = status_pb2.Status(code=grpc.StatusCode.UNKNOWN.value[0], message=str(error))
+            status.details.add().Pack(detail)
+            # How gRPC carries details beside the text: https://grpc.io/docs/guides/error/#richer-error-model
+            self._context.set_trailing_metadata((("grpc-status-details-bin", status.SerializeToString()),))
         if isinstance(error, ProviderError):
             self._context.abort(grpc.StatusCode.UNKNOWN, str(error))
         if isinstance(error, Exception):
             self._context.abort(grpc.StatusCode.UNKNOWN, f"{type(error).__name__}: {error}")
 
 
-def serve(package: str, types: Mapping[str, ResourceType]) -> None:
+def serve(package: str, types: Mapping[str, ResourceType], servicer: type[Servicer] = Servicer) -> None:
     """Serve one plugin until the engine cancels it or ends."""
     stop = threading.Event()
-    servicer = _Servicer(package, types, stop)
-    plugin.serve(lambda server: provider_pb2_grpc.add_ResourceProviderServicer_to_server(servicer, server), stop)
+    served = servicer(package, types, stop)
+    plugin.serve(lambda server: provider_pb2_grpc.add_ResourceProviderServicer_to_server(served, server), stop)
