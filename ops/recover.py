@@ -7,6 +7,7 @@ forgotten, and found again.
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ def recover(stack: str, *, force: bool) -> Iterator[str]:
     Raises:
         OpsError: an update runs, or the state or the Docker daemon cannot be reached.
     """
+    yield from _restore_checkpoint(stack)
     yield from _clear_lock(stack, force=force)
     exported = json.loads(pulumi("stack", "export", "--stack", stack))
     deployment = exported["deployment"]
@@ -42,16 +44,20 @@ def recover(stack: str, *, force: bool) -> Iterator[str]:
         yield f"{operation['type']} {_label(urn)} was cut off: {_undo(operation, resources)}"
         if operation["type"] == "deleting":
             gone.add(urn)
-    containers = _containers(stack)
+    with_docker = any(entry["type"] == CONTAINER for entry in [*resources, *(operation["resource"] for operation in pending)])
+    containers = _containers(stack) if with_docker else {}
     recorded = {entry["id"]: entry["urn"] for entry in resources if entry["type"] == CONTAINER and "id" in entry}
     for identifier, urn in recorded.items():
         if identifier not in containers and urn not in gone:
             yield f"{_label(urn)} is in the state, but no longer there: taken out of the state"
             gone.add(urn)
     gone |= _dependent_containers(resources, gone)
-    kept = {identifier for identifier, urn in recorded.items() if urn not in gone}
+    # Only what this state was about to make, or no longer has: another checkout may have a stack of the same name.
+    cut_off = {operation["resource"]["inputs"].get("name") for operation in pending if operation["resource"]["type"] == CONTAINER}
+    forgotten = {identifier for identifier, urn in recorded.items() if urn in gone}
+    kept = recorded.keys() - forgotten
     for identifier, container in containers.items():
-        if identifier not in kept:
+        if identifier in forgotten or (container.name in cut_off and identifier not in kept):
             container.remove(force=True, v=True)
             yield f"the container {container.name} was there, but not in the state: removed"
     if pending or gone:
@@ -84,13 +90,39 @@ def _clear_lock(stack: str, *, force: bool) -> Iterator[str]:
         yield "the lock of the interrupted run is cleared"
 
 
+def _state_folder() -> Path | None:
+    """Return the folder of a state that is kept in files, or None where the backend is another."""
+    url = urlparse(os.environ.get("PULUMI_BACKEND_URL", ""))
+    return Path(url.path or url.netloc) / ".pulumi" if url.scheme == "file" else None
+
+
+def _restore_checkpoint(stack: str) -> Iterator[str]:
+    """Put the engine's own backup in the place of a state that was cut off while it was written.
+
+    The backup is the state before that write, and the engine begins nothing that it has not written down.
+    """
+    if (folder := _state_folder()) is None:
+        return
+    file = folder / f"stacks/{PROJECT}/{stack}.json"
+    backup = file.with_name(f"{file.name}.bak")
+    if not _is_json(file) and _is_json(backup):
+        shutil.copyfile(backup, file)
+        yield "the state was cut off while it was written: its backup has taken its place"
+
+
+def _is_json(file: Path) -> bool:
+    try:
+        json.loads(file.read_text())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def _locks(stack: str) -> list[dict[str, Any]] | None:
     """Return the locks of a state in a folder, or None where the backend is another: its locks cannot be looked at."""
-    url = urlparse(os.environ.get("PULUMI_BACKEND_URL", ""))
-    if url.scheme != "file":
+    if (folder := _state_folder()) is None:
         return None
-    folder = Path(url.path or url.netloc) / ".pulumi/locks/organization" / PROJECT / stack
-    return [json.loads(file.read_text()) for file in folder.glob("*.json")]
+    return [json.loads(file.read_text()) for file in (folder / f"locks/organization/{PROJECT}/{stack}").glob("*.json")]
 
 
 def _undo(operation: dict[str, Any], resources: list[dict[str, Any]]) -> str:
@@ -107,6 +139,12 @@ def _undo(operation: dict[str, Any], resources: list[dict[str, Any]]) -> str:
         return "removed" if kind == "deleting" else "removed, and made again by the next `pulumi up`"
     if kind == "deleting":
         return "taken out of the state"
+    # A claim that is there already is taken for the stack's own by the next `pulumi up`: it may have images.
+    if resource["type"].startswith("kubernetes:") and not resource["type"].endswith(":PersistentVolumeClaim"):
+        from ops.workload import remove_unrecorded
+
+        if remove_unrecorded(resource["inputs"]):
+            return "removed, and made again by the next `pulumi up`"
     return "the next `pulumi up` makes it again"
 
 

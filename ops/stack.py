@@ -29,6 +29,8 @@ class Registry:
     """The authority's certificate in PEM."""
     username: str | None
     password: str | None
+    workload: dict[str, str] | None = None
+    """Namespace and name in the cluster; none for a registry on one Docker host."""
 
     @property
     def host(self) -> str:
@@ -69,4 +71,5 @@ def registry_of(stack: str) -> Registry:
         authority=outputs["authorityCertificate"],
         username=outputs.get("username"),
         password=outputs.get("password"),
+        workload=outputs.get("workload"),
     )

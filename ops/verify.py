@@ -97,6 +97,7 @@ class Verification:
     def steps(self, *, docker: bool = False) -> Iterator[tuple[str, Callable[[], Result]]]:
         """Yield each step's name, and what takes it. One that fails raises OpsError."""
         all_steps: list[tuple[str, Callable[[], str]]] = [
+            *([("pod", self._pod)] if self._registry.workload else []),
             ("resolve", self._resolve),
             ("connect", self._connect),
             ("trust", self._trust),
@@ -114,6 +115,12 @@ class Verification:
         start = time.monotonic()
         said = take()
         return Result(name, said, time.monotonic() - start, warning=said.startswith("warning"))
+
+    def _pod(self) -> str:
+        from ops.workload import check
+
+        assert self._registry.workload is not None
+        return check(self._registry.workload["namespace"], self._registry.workload["name"])
 
     def _resolve(self) -> str:
         host = self._registry.host
