@@ -53,6 +53,7 @@ push: build  ## build the image, and push it where STACK's image.pushTo says
 
 .PHONY: test
 test: toolchain lab  ## run all tests
+	@.venv/bin/python -m lab prepare
 	@. .toolchain/env && pytest
 
 .PHONY: lint
@@ -88,6 +89,7 @@ local: toolchain
 
 .PHONY: clean
 clean: rm  ## take the local stack down, and remove what make made; DELETE_IMAGES=yes removes the images too
+	@.venv/bin/python -m lab down kubernetes
 	@if [ -n "$$(ls -A .lab/docker/data/volumes 2>/dev/null)" ] && [ "$(DELETE_IMAGES)" != yes ]; then \
 	  echo "kept: .lab, with the registry's images, and .local, with its keys; make clean DELETE_IMAGES=yes removes them"; \
 	else rm -rf .lab .local; fi

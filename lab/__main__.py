@@ -52,6 +52,13 @@ def up(
 
 
 @app.command()
+def prepare() -> None:
+    """Install and build what a Kubernetes cluster needs, without starting one: minutes, once."""
+    with _reported():
+        kubernetes.prepare()
+
+
+@app.command()
 def down(server: Which = Server.DOCKER) -> None:
     """End the project's own Docker daemon, whose images and volumes stay; or its Kubernetes, of which nothing stays."""
     with _reported():

@@ -137,10 +137,7 @@ class Cluster:
         """
         if not 1 <= nodes <= MOST_NODES:
             raise LabError(f"The lab has 1 to {MOST_NODES} nodes, not {nodes}.")
-        if not can_install():
-            raise LabError("The lab's Kubernetes runs only for root on Debian.")
-        _install()
-        binaries = {program.name: str(build(program)) for program in KUBERNETES}
+        binaries = prepare()
         with self._locked(), _progress() as progress:
             task = progress.add_task("")
             progress.update(task, description="starting the control plane")
@@ -448,6 +445,18 @@ class Cluster:
                     },
                 },
             )
+
+
+def prepare() -> dict[str, str]:
+    """Install and build what a cluster needs, and return the programs' paths by their names.
+
+    Raises:
+        LabError: this is not root on Debian, or something cannot be had.
+    """
+    if not can_install():
+        raise LabError("The lab's Kubernetes runs only for root on Debian.")
+    _install()
+    return {program.name: str(build(program)) for program in KUBERNETES}
 
 
 def _write_private(file: Path, text: str) -> None:
