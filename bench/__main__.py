@@ -36,13 +36,13 @@ CHUNK = 1 << 20
 console = Console()
 
 
-def _seconds(action: Callable[[], object]) -> float:
+def seconds(action: Callable[[], object]) -> float:
     start = time.monotonic()
     action()
     return time.monotonic() - start
 
 
-def _empty_program(folder: Path, stack: Stack) -> Callable[..., object]:
+def empty_program(folder: Path, stack: Stack) -> Callable[..., object]:
     """Make a program without resources on the same engine, and return what runs a Pulumi command on it."""
     (folder / "state").mkdir()
     (folder / "Pulumi.yaml").write_text("name: empty\nruntime: {name: python}\n")
@@ -59,7 +59,7 @@ def _empty_program(folder: Path, stack: Stack) -> Callable[..., object]:
 
 def _engine(stack: Stack, folder: Path, runs: int) -> Iterator[tuple[str, float, float]]:
     """Yield what was measured, the stack's median in seconds, and the empty program's."""
-    empty = _empty_program(folder, stack)
+    empty = empty_program(folder, stack)
     update = "--yes", "--skip-preview"
     measured: dict[str, tuple[list[float], list[float]]] = {
         name: ([], []) for name in ("first up", "preview, nothing to change", "up, nothing to change")
@@ -67,15 +67,15 @@ def _engine(stack: Stack, folder: Path, runs: int) -> Iterator[tuple[str, float,
     for _ in track(range(runs), "engine", console=console, transient=True):
         stack.destroy()
         ours, floor = measured["first up"]
-        ours.append(_seconds(stack.up))
+        ours.append(seconds(stack.up))
         empty("destroy", *update)
-        floor.append(_seconds(lambda: empty("up", *update)))
+        floor.append(seconds(lambda: empty("up", *update)))
         ours, floor = measured["preview, nothing to change"]
-        ours.append(_seconds(stack.preview))
-        floor.append(_seconds(lambda: empty("preview")))
+        ours.append(seconds(stack.preview))
+        floor.append(seconds(lambda: empty("preview")))
         ours, floor = measured["up, nothing to change"]
-        ours.append(_seconds(stack.up))
-        floor.append(_seconds(lambda: empty("up", *update)))
+        ours.append(seconds(stack.up))
+        floor.append(seconds(lambda: empty("up", *update)))
     for name, (ours, floor) in measured.items():
         yield name, statistics.median(ours), statistics.median(floor)
 
@@ -134,7 +134,7 @@ def _throughput(client: httpx.Client, seed: int) -> tuple[float, float]:
             answer.raise_for_status()
             assert sum(len(block) for block in answer.iter_raw(CHUNK)) == LAYER_BYTES
 
-    pushed, pulled = _seconds(push), _seconds(pull)
+    pushed, pulled = seconds(push), seconds(pull)
     client.delete(f"/v2/bench/blobs/sha256:{digest.hexdigest()}").raise_for_status()
     return LAYER_BYTES / pushed / 1e6, LAYER_BYTES / pulled / 1e6
 
@@ -165,13 +165,13 @@ def _registry(stack: Stack, folder: Path, runs: int) -> Iterator[tuple[str, floa
 
 def _parts(stack: Stack) -> Iterator[tuple[str, float]]:
     """Yield where the time of an up without changes goes, in seconds: each part by itself."""
-    bare = _seconds(lambda: subprocess.run([sys.executable, "-c", "pass"], check=True))
+    bare = seconds(lambda: subprocess.run([sys.executable, "-c", "pass"], check=True))
 
     def imported(modules: str) -> float:
         command = [sys.executable, "-c", f"import {modules}"]
-        return _seconds(lambda: subprocess.run(command, cwd=ROOT, check=True)) - bare
+        return seconds(lambda: subprocess.run(command, cwd=ROOT, check=True)) - bare
 
-    yield "the CLI alone: pulumi version", _seconds(lambda: stack.pulumi("version"))
+    yield "the CLI alone: pulumi version", seconds(lambda: stack.pulumi("version"))
     yield "Python alone", bare
     core = imported("pulumi")
     yield "import pulumi", core
@@ -187,17 +187,15 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
 ) -> None:
     """Measure, and print a table with the ratios."""
-    host = dockerd.start()
-    dockerd.ensure_base_image(host)
-    os.environ["DOCKER_HOST"] = host
+    use_lab_docker()
     table = Table("measured", "ours", "floor", "ratio", title="medians in one run")
     figures: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as folder, new_stack(_sub(folder, "stack"), docker.from_env()) as stack:
+    with tempfile.TemporaryDirectory() as folder, new_stack(sub_folder(folder, "stack"), docker.from_env()) as stack:
         stack.up()
-        for name, ours, floor in _engine(stack, _sub(folder, "empty"), runs):
+        for name, ours, floor in _engine(stack, sub_folder(folder, "empty"), runs):
             figures[name] = ours / floor
             table.add_row(name, f"{ours:.2f} s", f"{floor:.2f} s", f"{ours / floor:.2f}")
-        for name, ours, floor in _registry(stack, _sub(folder, "bare"), runs):
+        for name, ours, floor in _registry(stack, sub_folder(folder, "bare"), runs):
             figures[name] = ours / floor
             table.add_row(name, f"{ours:.0f} MB/s", f"{floor:.0f} MB/s", f"{ours / floor:.2f}")
         parts = Table("where the time goes", "seconds")
@@ -210,7 +208,13 @@ def main(
         json_file.write_text(json.dumps(figures, indent=2) + "\n")
 
 
-def _sub(folder: str, name: str) -> Path:
+def use_lab_docker() -> None:
+    host = dockerd.start()
+    dockerd.ensure_base_image(host)
+    os.environ["DOCKER_HOST"] = host
+
+
+def sub_folder(folder: str, name: str) -> Path:
     made = Path(folder) / name
     made.mkdir()
     return made

@@ -13,6 +13,8 @@ import docker
 import pytest
 
 from lab import dockerd
+from lab.kubernetes import Cluster
+from tests.engine.kubernetes_stack import Hub, KubernetesStack, new_kubernetes_stack
 from tests.engine.stack import Stack
 
 
@@ -71,5 +73,37 @@ def stack(tmp_path: Path, daemon: docker.DockerClient) -> Iterator[Stack]:
 def running(tmp_path_factory: pytest.TempPathFactory, daemon: docker.DockerClient) -> Iterator[Stack]:
     """A stack that is up, shared by the tests of a file that do not change it."""
     with new_stack(tmp_path_factory.mktemp("running"), daemon) as made:
+        made.up()
+        yield made
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory, docker_host: str) -> Iterator[Cluster]:
+    """The lab's Kubernetes with two nodes, of the tests' own."""
+    made = Cluster(tmp_path_factory.mktemp("cluster") / "lab")
+    try:
+        made.up(nodes=2)
+        yield made
+    finally:
+        made.down()
+
+
+@pytest.fixture(scope="session")
+def hub(daemon: docker.DockerClient, cluster: Cluster) -> Iterator[Hub]:
+    made = Hub(daemon, cluster)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def in_cluster(tmp_path: Path, cluster: Cluster, hub: Hub) -> Iterator[KubernetesStack]:
+    with new_kubernetes_stack(tmp_path, cluster, hub) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def running_in_cluster(tmp_path_factory: pytest.TempPathFactory, cluster: Cluster, hub: Hub) -> Iterator[KubernetesStack]:
+    """A registry that is up in the cluster, shared by the tests of a file that do not change it."""
+    with new_kubernetes_stack(tmp_path_factory.mktemp("running"), cluster, hub) as made:
         made.up()
         yield made

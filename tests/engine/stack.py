@@ -204,6 +204,14 @@ class Stack:
         found = [entry for entry in json.loads(digests) if entry.startswith(f"{self.address}/")]
         return str(found[0].rpartition("@")[2])
 
+    def change_configuration(self) -> None:
+        """Give the project a registry configuration of its own, which is another image."""
+        image = self.folder / "image"
+        original = image.resolve()
+        image.unlink()
+        shutil.copytree(original, image)
+        (image / "config.yml").write_text((image / "config.yml").read_text().replace("level: info", "level: warn"))
+
     def remove_trust(self) -> None:
         subprocess.run([str(ROOT / "hosts/trust-remove.sh")], env={**os.environ, "REGISTRY": self.address}, check=True)
 

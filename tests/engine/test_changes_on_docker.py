@@ -1,7 +1,6 @@
 """What a change to a stack does to a running registry on one Docker host."""
 
 import json
-import subprocess
 
 import docker
 
@@ -94,11 +93,7 @@ def test_a_changed_configuration_file_replaces_image_and_container(stack: Stack,
     stack.up()
     before = daemon.containers.get(stack.name).attrs["Image"]
     pushed = stack.push_image()
-    image = stack.folder / "image"
-    target = image.resolve()
-    image.unlink()
-    subprocess.run(["cp", "-r", str(target), str(image)], check=True)
-    (image / "config.yml").write_text((image / "config.yml").read_text().replace("level: info", "level: warn"))
+    stack.change_configuration()
     stack.up()
     assert daemon.containers.get(stack.name).attrs["Image"] != before
     assert stack.pull_image() == pushed

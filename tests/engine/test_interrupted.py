@@ -86,18 +86,39 @@ def test_recover_refuses_while_an_update_runs(stack: Stack) -> None:
     assert "Nothing to mend." in stack.ops("recover").stdout
 
 
-def test_recover_says_what_it_did(stack: Stack, daemon: docker.DockerClient) -> None:
+def test_recover_removes_the_container_that_a_cut_off_creation_left(stack: Stack) -> None:
     stack.up()
     state = stack.state()
-    stack.pulumi("stack", "export", "--file", str(stack.folder / "before.json"))
-    recorded = [
+    deployment = state["deployment"]
+    (made,) = [
         entry
-        for entry in state["deployment"]["resources"]
-        if (entry["type"], entry["urn"].split("::")[-1]) != ("docker:index/container:Container", "registry")
+        for entry in deployment["resources"]
+        if entry.get("inputs", {}).get("name") == stack.name and "image" in entry["inputs"]
     ]
-    state["deployment"]["resources"] = recorded
-    (stack.folder / "without.json").write_text(json.dumps(state))
-    stack.pulumi("stack", "import", "--file", str(stack.folder / "without.json"))
-    assert f"the container {stack.name} was there, but not in the state: removed" in stack.ops("recover").stdout
+    deployment["resources"].remove(made)
+    deployment["pending_operations"] = [{"type": "creating", "resource": {**made, "id": "", "outputs": {}}}]
+    (stack.folder / "cut-off.json").write_text(json.dumps(state))
+    stack.pulumi("stack", "import", "--force", "--file", str(stack.folder / "cut-off.json"))
+    said = stack.ops("recover").stdout
+    assert "creating Container registry was cut off" in said
+    assert f"the container {stack.name} was there, but not in the state: removed" in said
     stack.up()
+    assert stack.ops("verify").returncode == 0
+
+
+def test_recover_leaves_a_stack_of_the_same_name_in_another_checkout_alone(stack: Stack, daemon: docker.DockerClient) -> None:
+    label = {"private-registry.stack": f"private-registry/{stack.name}"}
+    other = daemon.containers.create("registry:3.1.2", name=f"{stack.name}-other", labels=label)
+    stack.up()
+    assert "Nothing to mend." in stack.ops("recover").stdout
+    assert daemon.containers.get(str(other.id)).status == "created"
+
+
+@pytest.mark.parametrize("left", ["", '{"version": 3, "checkpoint'])
+def test_recover_restores_a_state_that_was_cut_off_while_it_was_written(stack: Stack, left: str) -> None:
+    stack.up()
+    (stack.folder / f"state/.pulumi/stacks/private-registry/{stack.name}.json").write_text(left)
+    assert "its backup has taken its place" in stack.ops("recover").stdout
+    stack.up()
+    assert stack.preview("--expect-no-changes").returncode == 0
     assert stack.ops("verify").returncode == 0

@@ -1,0 +1,199 @@
+"""A stack with the registry in the lab's Kubernetes: a namespace and a node port of its own, and a hub to be pushed to."""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import docker
+import httpx
+
+from lab.debian import install
+from lab.kubernetes import Cluster
+from tests.engine.stack import ROOT, Stack
+
+TIMEOUT_SECONDS = 120
+
+
+class Hub:
+    """A plain registry on the Docker host, from which the nodes pull the registry's own image."""
+
+    def __init__(self, daemon: docker.DockerClient, cluster: Cluster) -> None:
+        # Docker takes a registry on 127.0.0.1 without TLS; the nodes reach it by the host's address in their network.
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            self.port = listener.getsockname()[1]
+        self.address = f"127.0.0.1:{self.port}"
+        ports: Any = {"5000/tcp": [("127.0.0.1", self.port), (cluster.host_address, self.port)]}
+        command = ["-c", f"echo '{self._configuration()}' >/c.yml; exec registry serve /c.yml"]
+        self._container = daemon.containers.run("registry:3.1.2", command, entrypoint="sh", detach=True, ports=ports)
+        for folder in cluster.folder.glob("node*/certs.d"):
+            (folder / self.address).mkdir(parents=True)
+            server = f"http://{cluster.host_address}:{self.port}"
+            hosts = f'server = "{server}"\n[host."{server}"]\ncapabilities = ["pull", "resolve"]\n'
+            (folder / self.address / "hosts.toml").write_text(hosts)
+
+    @staticmethod
+    def _configuration() -> str:
+        return json.dumps({"version": "0.1", "storage": {"inmemory": {}}, "http": {"addr": ":5000"}})
+
+    def close(self) -> None:
+        self._container.remove(force=True, v=True)
+
+
+class KubernetesStack(Stack):
+    def __init__(self, name: str, folder: Path, cluster: Cluster, hub: Hub, *, node_port: int) -> None:
+        super().__init__(name, folder, port=node_port)
+        self.cluster = cluster
+        self.settings = {
+            "target": "kubernetes",
+            "hostname": self.hostname,
+            "kubernetes": {
+                "namespace": name,
+                "nodePort": node_port,
+                "cpu": "500m",
+                "memory": "128Mi",
+                "readyTimeoutSeconds": 60,
+                "tolerationSeconds": 5,
+            },
+            "storage": {"claim": {"className": name, "sizeGiB": 1}},
+            "image": {"repository": f"test/{name}", "pushTo": hub.address},
+            "trust": {"docker": True},
+        }
+        self.environment["KUBECONFIG"] = str(cluster.kubeconfig)
+        self.api = cluster.client()
+        self.namespace = f"/api/v1/namespaces/{name}"
+        body = {"metadata": {"name": name}}
+        self.api.post("/api/v1/namespaces", json=body).raise_for_status()
+        self._make_volume(name)
+        self._trust_script("install", RESOLVE_TO=cluster.node_address(1), TRUST_DOCKER="no")
+
+    def _make_volume(self, name: str) -> None:
+        """Make a volume for the stack's claim: a folder that both nodes see, for the registry's user."""
+        folder = self.cluster.folder / "volumes" / name
+        folder.mkdir(parents=True)
+        os.chown(folder, 1000, 1000)
+        spec = {
+            "storageClassName": name,
+            "capacity": {"storage": "1Gi"},
+            "accessModes": ["ReadWriteOnce"],
+            "persistentVolumeReclaimPolicy": "Retain",
+            "hostPath": {"path": str(folder)},
+        }
+        self.api.post("/api/v1/persistentvolumes", json={"metadata": {"name": name}, "spec": spec}).raise_for_status()
+
+    def _trust_script(self, verb: str, **environment: str) -> None:
+        subprocess.run(
+            [str(ROOT / f"hosts/trust-{verb}.sh")],
+            env={**os.environ, "REGISTRY": f"{self.hostname}:0", **environment},
+            stdin=subprocess.DEVNULL,
+            check=True,
+        )
+
+    def get(self, path: str) -> Any:
+        """Return an object of the stack's namespace, such as ``pods`` or ``services/registry``."""
+        return self.api.get(f"{self.namespace}/{path}").raise_for_status().json()
+
+    def pods(self) -> list[Any]:
+        """Return the registry's pods that are not on their way out."""
+        pods = self.get("pods?labelSelector=k8s-app%3Dregistry")["items"]
+        return [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
+
+    def pod(self) -> Any:
+        (found,) = self.pods()
+        return found
+
+    def pod_name(self) -> str:
+        """Return the name of the registry's pod; empty while there is none."""
+        return next((str(pod["metadata"]["name"]) for pod in self.pods()), "")
+
+    def is_ready(self) -> bool:
+        return any(
+            condition == {**condition, "type": "Ready", "status": "True"}
+            for pod in self.pods()
+            for condition in pod["status"].get("conditions", [])
+        )
+
+    def remove(self) -> None:
+        """Ask for the end of all that the stack has; the cluster does the rest in its own time."""
+        with contextlib.suppress(httpx.HTTPError):
+            self.api.delete(self.namespace)
+            self.api.delete(f"/api/v1/persistentvolumes/{self.name}")
+        self.api.close()
+        self._trust_script("remove")
+
+
+def wait_for(holds: Callable[[], bool], seconds: float = TIMEOUT_SECONDS) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.2)
+
+
+_ports = iter(range(30100 + os.getpid() % 20 * 100, 32500))
+
+
+@contextlib.contextmanager
+def new_kubernetes_stack(folder: Path, cluster: Cluster, hub: Hub) -> Iterator[KubernetesStack]:
+    stack = KubernetesStack(f"k{uuid.uuid4().hex[:10]}", folder, cluster, hub, node_port=next(_ports))
+    try:
+        yield stack
+    finally:
+        stack.remove()
+        stack.remove_trust()
+
+
+class NodeSsh:
+    """An SSH server in each node of the cluster, as a user's nodes have one, with one key that may log in."""
+
+    def __init__(self, cluster: Cluster, folder: Path) -> None:
+        if shutil.which("sshd", path="/usr/sbin") is None:
+            install(("openssh-server",), folder / "apt.log")
+        self.key = folder / "client"
+        self._generate(self.key)
+        self._servers = []
+        self.nodes: list[dict[str, Any]] = []
+        for number in (1, 2):
+            host_key = folder / f"host{number}"
+            self._generate(host_key)
+            options = {
+                "HostKey": host_key,
+                "AuthorizedKeysFile": folder / "client.pub",
+                "StrictModes": "no",
+                "UsePAM": "no",
+                "PidFile": "none",
+                "ListenAddress": cluster.node_address(number),
+                "Port": 2222,
+            }
+            arguments = " ".join(f"-o{key}={value}" for key, value in options.items())
+            command = ["sh", "-c", f"mkdir -p /run/sshd && exec /usr/sbin/sshd -D -f /dev/null {arguments}"]
+            server = subprocess.Popen(cluster.node(number).inside(*command), stderr=subprocess.DEVNULL)
+            self._servers.append(server)
+            public = " ".join((folder / f"host{number}.pub").read_text().split()[:2])
+            self.nodes.append({"address": cluster.node_address(number), "port": 2222, "hostKey": public})
+        for node in self.nodes:
+            wait_for(lambda node=node: self._answers(node["address"]))  # type: ignore[misc]
+
+    @staticmethod
+    def _generate(file: Path) -> None:
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(file)], check=True)
+
+    @staticmethod
+    def _answers(address: str) -> bool:
+        try:
+            with socket.create_connection((address, 2222), timeout=1):
+                return True
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        for server in self._servers:
+            server.kill()
+            server.wait()
