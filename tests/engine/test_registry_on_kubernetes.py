@@ -140,3 +140,49 @@ def test_verify_names_a_cluster_that_cannot_be_reached(running_in_cluster: Kuber
     running_in_cluster.environment["KUBECONFIG"] = kept
     assert failed.returncode == 1
     assert "The cluster at https://127.0.0.1:1 cannot be reached" in failed.stdout
+
+
+def test_an_ingress_takes_bodies_of_any_size_with_its_own_certificate(in_cluster: KubernetesStack) -> None:
+    in_cluster.set("kubernetes", ingress={"host": "hub.test", "tlsSecret": "hub-tls", "className": "nginx"})
+    in_cluster.up()
+    path = f"/apis/networking.k8s.io/v1/namespaces/{in_cluster.name}/ingresses/registry"
+    ingress = in_cluster.api.get(path).raise_for_status().json()
+    assert ingress["metadata"]["annotations"]["nginx.ingress.kubernetes.io/proxy-body-size"] == "0"
+    assert ingress["spec"]["tls"] == [{"hosts": ["hub.test"], "secretName": "hub-tls"}]
+    assert in_cluster.preview("--expect-no-changes").returncode == 0
+
+
+def test_monitoring_without_the_operator_is_told_and_with_it_has_metrics_and_alerts(in_cluster: KubernetesStack) -> None:
+    in_cluster.set("kubernetes", monitoring={"namespace": "monitoring"})
+    failed = in_cluster.up(check=False)
+    assert failed.returncode != 0
+    assert "ServiceMonitor" in failed.stdout
+    assert "monitoring.coreos.com/v1" in failed.stdout
+    crds = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
+    for kind in ("ServiceMonitor", "PrometheusRule"):
+        schema = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+        plural = f"{kind.lower()}s"
+        body = {
+            "metadata": {"name": f"{plural}.monitoring.coreos.com"},
+            "spec": {
+                "group": "monitoring.coreos.com",
+                "scope": "Namespaced",
+                "names": {"kind": kind, "plural": plural},
+                "versions": [{"name": "v1", "served": True, "storage": True, "schema": {"openAPIV3Schema": schema}}],
+            },
+        }
+        in_cluster.api.post(crds, json=body).raise_for_status()
+    objects = f"/apis/monitoring.coreos.com/v1/namespaces/{in_cluster.name}"
+    try:
+        wait_for(lambda: in_cluster.api.get(f"{objects}/prometheusrules").is_success)
+        in_cluster.up()
+        groups = in_cluster.api.get(f"{objects}/prometheusrules/registry").json()["spec"]["groups"]
+        alerts = {rule["alert"]: rule["expr"] for rule in groups[0]["rules"]}
+        assert set(alerts) == {"RegistryCertificateExpires", "RegistryVolumeFills", "RegistryNotReady"}
+        address = in_cluster.pod()["status"]["podIP"]
+        metrics = httpx.get(f"http://{address}:5001/metrics", trust_env=False, timeout=10).text
+        assert "registry_" in metrics
+        in_cluster.destroy()
+    finally:
+        for plural in ("servicemonitors", "prometheusrules"):
+            in_cluster.api.delete(f"{crds}/{plural}.monitoring.coreos.com")

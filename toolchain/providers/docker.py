@@ -13,22 +13,26 @@ import time
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
-
-import docker
-import docker.errors
-import docker.types
-from docker.models.containers import Container as RunningContainer
+from typing import TYPE_CHECKING, Any
 
 from toolchain.providers.base import ProviderError, ResourceType, serve
+
+if TYPE_CHECKING:
+    import docker
 
 SECOND = 1_000_000_000  # nanoseconds, the unit of durations in Docker's interface
 UNITS = {"ms": SECOND // 1000, "s": SECOND, "m": 60 * SECOND, "h": 3600 * SECOND}
 
 
 @cache
-def daemon() -> docker.DockerClient:
-    """Connect to the daemon that DOCKER_HOST names, or to the default one."""
+def daemon() -> "docker.DockerClient":
+    """Connect to the daemon that DOCKER_HOST names, or to the default one.
+
+    The library is imported with the first call: where nothing changes none is made, and it takes longer than all else.
+    """
+    import docker
+    import docker.errors
+
     try:
         client = docker.from_env(timeout=600)
         client.ping()
@@ -113,12 +117,16 @@ class Volume(ResourceType):
         return volume.name, {"name": volume.name, "mountpoint": volume.attrs["Mountpoint"]}
 
     def read(self, identifier: str, state: dict[str, Any]) -> dict[str, Any] | None:
+        import docker
+
         try:
             return {"mountpoint": daemon().volumes.get(identifier).attrs["Mountpoint"]}
         except docker.errors.NotFound:
             return None
 
     def delete(self, identifier: str, state: dict[str, Any]) -> None:
+        import docker
+
         try:
             daemon().volumes.get(identifier).remove()
         except docker.errors.NotFound:
@@ -177,6 +185,8 @@ class Container(ResourceType):
     }
 
     def create(self, name: str, inputs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        import docker
+
         api = daemon().api
         name = inputs.get("name", name)
         ports = inputs.get("ports", [])
@@ -234,7 +244,7 @@ class Container(ResourceType):
             raise ProviderError(f"the container {name} did not start: {reason}") from None
         return identifier, {"name": name}
 
-    def _wait(self, container: RunningContainer, seconds: int) -> None:
+    def _wait(self, container: Any, seconds: int) -> None:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             container.reload()
@@ -247,6 +257,8 @@ class Container(ResourceType):
         raise ProviderError(f"it was not healthy within {seconds} s. Its last lines:\n{log}")
 
     def read(self, identifier: str, state: dict[str, Any]) -> dict[str, Any] | None:
+        import docker
+
         try:
             container = daemon().containers.get(identifier)
         except docker.errors.NotFound:
@@ -268,6 +280,8 @@ class Container(ResourceType):
         return frozenset({"name"})
 
     def delete(self, identifier: str, state: dict[str, Any]) -> None:
+        import docker
+
         try:
             container = daemon().containers.get(identifier)
             container.stop(timeout=state.get("destroyGraceSeconds", 0))
