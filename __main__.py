@@ -55,3 +55,4 @@ if not stack.access.anonymous:
     user = first_user(users)
     pulumi.export("username", pulumi.Output.unsecret(user["username"]))
     pulumi.export("password", pulumi.Output.secret(user["password"]))
+    pulumi.export("login", pulumi.Output.unsecret(user["username"]).apply(f"docker login {stack.address} --username {{}}".format))

@@ -9,6 +9,7 @@ import ipaddress
 import json
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -29,7 +30,7 @@ REFERENCE = re.compile(
 )
 DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 # https://kubernetes.io/docs/reference/kubernetes-api/common-definitions/quantity/, the forms that mean something here
-CPU_QUANTITY = re.compile(r"[1-9][0-9]*m?|0\.[0-9]{1,3}")
+CPU_QUANTITY = re.compile(r"[1-9][0-9]*m?|0\.[0-9]{0,2}[1-9]")
 MEMORY_QUANTITY = re.compile(r"[1-9][0-9]*(Mi|Gi|Ti)")
 DOCKER_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{1,127}")
 LOGIN_NAME = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
@@ -56,7 +57,7 @@ def _is_address(text: str) -> bool:
         ipaddress.ip_address(text)
     except ValueError:
         return False
-    return True
+    return "%" not in text  # a zone means something on one machine only
 
 
 def _is_pinned(reference: str) -> bool:
@@ -70,7 +71,9 @@ def _is_hostname(text: str) -> bool:
 
 def _is_endpoint(text: str) -> bool:
     host, _, port = text.rpartition(":") if ":" in text else (text, "", "443")
-    return (_is_hostname(host) or _is_address(host)) and port.isdigit() and 1 <= int(port) <= 65535
+    # Docker takes a bare word for a repository of Docker Hub.
+    is_host = _is_address(host) or (_is_hostname(host) and ("." in host or ":" in text or host == "localhost"))
+    return is_host and port.isdigit() and 1 <= int(port) <= 65535
 
 
 Hostname = Annotated[str, _rule(_is_hostname, "must be a DNS name in lower case", "write one such as registry.example.com")]
@@ -95,8 +98,9 @@ Repository = Annotated[
 Tag = Annotated[
     str,
     _rule(
-        lambda text: bool(TAG.fullmatch(text)),
-        "must be an image tag: at most 128 letters, digits, dots, dashes or underscores",
+        # Short enough to be a label's value, and to have the content's digest after it.
+        lambda text: bool(TAG.fullmatch(text)) and len(text) <= 50 and text[0].isalnum() and text[-1].isalnum(),
+        "must be an image tag: at most 50 letters, digits, dots, dashes or underscores between letters or digits",
         "write one such as 3.1.2",
     ),
 ]
@@ -120,6 +124,30 @@ DnsLabel = Annotated[
         "write one such as registry",
     ),
 ]
+DnsSubdomain = Annotated[
+    str,
+    _rule(
+        lambda text: bool(HOSTNAME.fullmatch(text)),
+        "must be a Kubernetes name: small letters, digits, dashes and dots",
+        "write one such as registry",
+    ),
+]
+WorkloadName = Annotated[
+    str,
+    _rule(
+        lambda text: bool(DNS_LABEL.fullmatch(text)) and text[0].isalpha() and len(text) <= 40,
+        "must be a Service's name: at most 40 small letters, digits or dashes, beginning with a letter",
+        "write one such as registry",
+    ),
+]
+RegistryHostname = Annotated[
+    str,
+    _rule(
+        lambda text: _is_hostname(text) and len(text) <= 63,
+        "must be a DNS name in lower case, of at most 63 characters",
+        "write one such as registry.example.com",
+    ),
+]
 NodePort = Annotated[
     int,
     _rule(lambda port: 30000 <= port <= 32767, "must be a node port from 30000 to 32767", "write one such as 32500"),
@@ -139,6 +167,10 @@ Memory = Annotated[
 Seconds = Annotated[
     int,
     _rule(lambda seconds: 0 <= seconds <= 3600, "must be a number of seconds from 0 to 3600", "write one such as 300"),
+]
+ReadySeconds = Annotated[
+    int,
+    _rule(lambda seconds: 10 <= seconds <= 3600, "must be a number of seconds from 10 to 3600", "write one such as 300"),
 ]
 SizeGiB = Annotated[
     int, _rule(lambda size: 1 <= size <= 1 << 20, "must be a number of GiB from 1 to 1048576", "write one such as 1000")
@@ -201,11 +233,11 @@ class Certificate(_Section):
                 "certificate; lower renewBeforeDays",
                 {"before": self.renew_before_days, "validity": self.validity_days},
             )
-        if self.mode == "authority" and self.authority_validity_days < self.validity_days:
+        if self.mode == "authority" and self.authority_validity_days < 2 * self.validity_days:
             raise PydanticCustomError(
                 "rule",
-                "authorityValidityDays {authority} must be at least validityDays {validity}, or the authority would end "
-                "before the certificate; raise authorityValidityDays",
+                "authorityValidityDays {authority} must be at least twice validityDays {validity}, or the authority would end "
+                "before a renewed certificate; raise authorityValidityDays",
                 {"authority": self.authority_validity_days, "validity": self.validity_days},
             )
         return self
@@ -257,8 +289,8 @@ class Ingress(_Section):
     """A way in by the cluster's ingress controller, with a certificate of its own."""
 
     host: Hostname = Field(description="name that clients use for this way in")
-    class_name: DnsLabel | None = Field(None, description="ingress class; the cluster's default if left out")
-    tls_secret: DnsLabel = Field(description="secret of type kubernetes.io/tls with the ingress's certificate")
+    class_name: DnsSubdomain | None = Field(None, description="ingress class; the cluster's default if left out")
+    tls_secret: DnsSubdomain = Field(description="secret of type kubernetes.io/tls with the ingress's certificate")
 
 
 class Monitoring(_Section):
@@ -270,16 +302,16 @@ class Monitoring(_Section):
 class Kubernetes(_Section):
     """The registry as a ReplicationController in a cluster."""
 
-    name: DnsLabel = Field("registry", description="name of the ReplicationController, the Service and all that they need")
+    name: WorkloadName = Field("registry", description="name of the ReplicationController, the Service and all that they need")
     namespace: DnsLabel = Field("default", description="namespace of the registry; it has to exist")
     node_port: NodePort = Field(32500, description="port of each node on which the registry is reached")
     cpu: Cpu = Field("4", description="CPUs of the pod, requested and at most")
     memory: Memory = Field("10Gi", description="memory of the pod, requested and at most")
     toleration_seconds: Seconds = Field(30, description="seconds after which the pod leaves a node that does not answer")
-    ready_timeout_seconds: Seconds = Field(300, description="seconds that `pulumi up` waits for the pod to be ready")
+    ready_timeout_seconds: ReadySeconds = Field(300, description="seconds that `pulumi up` waits for the pod to be ready")
     node_selector: dict[str, str] = Field({}, description="labels that the pod's node must have")
     affinity: dict[str, Any] = Field({}, description="the pod's affinity, as Kubernetes has it")
-    priority_class: DnsLabel | None = Field(None, description="priority class of the pod")
+    priority_class: DnsSubdomain | None = Field(None, description="priority class of the pod")
     pull_secret_namespaces: tuple[DnsLabel, ...] = Field(
         (), description="namespaces that get a pull secret for this registry, named NAME-pull"
     )
@@ -290,8 +322,8 @@ class Kubernetes(_Section):
 class Claim(_Section):
     """The claim that holds all images in a cluster: one that exists, or one that the stack makes."""
 
-    existing: DnsLabel | None = Field(None, description="name of a claim that exists")
-    class_name: DnsLabel | None = Field(None, description="storage class of the claim; the cluster's default if left out")
+    existing: DnsSubdomain | None = Field(None, description="name of a claim that exists")
+    class_name: DnsSubdomain | None = Field(None, description="storage class of the claim; the cluster's default if left out")
     size_gib: SizeGiB = Field(1000, alias="sizeGiB", description="size of the claim in GiB")
 
     @model_validator(mode="after")
@@ -333,7 +365,7 @@ class Settings(_Section):
     """All that a stack says about the registry, but for its secrets."""
 
     target: Literal["docker", "kubernetes"] = Field("docker", description="where the registry runs")
-    hostname: Hostname = Field("registry.docker", description="name that clients use, and the certificate's common name")
+    hostname: RegistryHostname = Field("registry.docker", description="name that clients use, and the certificate's common name")
     certificate: Certificate = Certificate()
     image: Image = Image()
     access: Access = Access()
@@ -356,6 +388,7 @@ SECRETS: Mapping[str, str] = {
     "sshPrivateKey": "private key in PEM or OpenSSH form for image.nodes",
 }
 _TYPE_RULES = {
+    "missing": ("must be there", "write it"),
     "int_type": ("must be a whole number", "write it without quotes and without a fraction"),
     "bool_type": ("must be true or false", "write it without quotes"),
     "string_type": ("must be a text", "write it in quotes"),
@@ -440,8 +473,26 @@ def of_stack() -> Settings:
 
     # pulumi.Config answers for one key only; unknown keys are found in the whole map.
     everything = config.CONFIG.get()
-    secret_keys = {key for key in everything if config.is_config_secret(key)}
-    return load(everything, secret_keys, pulumi.get_stack())
+    stack = pulumi.get_stack()
+    # The engine takes a whole key for encrypted if one part of it is.
+    in_plain_text = _keys_in_plain_text(Path(f"Pulumi.{stack}.yaml"))
+    secret_keys = {key for key in everything if config.is_config_secret(key) and key not in in_plain_text}
+    return load(everything, secret_keys, stack)
+
+
+def _keys_in_plain_text(file: Path) -> set[str]:
+    """Return the keys of a stack's file with a part that is not encrypted."""
+    import yaml
+
+    def plain(value: Any) -> bool:
+        if isinstance(value, dict):
+            return set(value) != {"secure"} and any(plain(part) for part in value.values())
+        return True
+
+    if not file.exists():
+        return set()
+    found = (yaml.safe_load(file.read_text()) or {}).get("config") or {}
+    return {key for key, value in found.items() if key.partition(":")[2] in SECRETS and plain(value)}
 
 
 def _parsed(text: str) -> Any:
@@ -501,8 +552,7 @@ def _of_the_other_target(settings: Settings, sections: Mapping[str, Any]) -> lis
     return faults + [f"{PROJECT}:{key} is set: it must come with target: {other}; {mend}" for key in given]
 
 
-def _contradictions(settings: Settings, secrets: Mapping[str, Any], faulty: set[str]) -> list[str]:
-    """Return what does not go together. Sections that are faulty by themselves have their defaults here and are left out."""
+def _image_contradictions(settings: Settings, secrets: Mapping[str, Any], faulty: set[str]) -> list[str]:
     faults = []
     target = settings.image.push_to
     if target and not faulty & {"image", "hostname", "container"}:
@@ -510,6 +560,8 @@ def _contradictions(settings: Settings, secrets: Mapping[str, Any], faulty: set[
         names = {settings.hostname, settings.container.address, "localhost"}
         names |= {*settings.certificate.names, *settings.certificate.addresses}
         own = {f"{name}:{port}" for name in names}
+        if settings.kubernetes.ingress is not None:
+            own.add(f"{settings.kubernetes.ingress.host}:443")
         if target in own or f"{target}:443" in own:
             faults.append(
                 f'{PROJECT}:image.pushTo is "{target}": it must be another registry, as a registry\'s own image never '
@@ -527,6 +579,20 @@ def _contradictions(settings: Settings, secrets: Mapping[str, Any], faulty: set[
             f"{PROJECT}:sshPrivateKey must be set exactly where image.nodes is; set it with "
             f"`pulumi config set --secret {PROJECT}:sshPrivateKey <FILE`, or remove it"
         )
+    if "image" not in faulty and "pushCredentials" in secrets and target is None:
+        faults.append(f"{PROJECT}:pushCredentials is set: it must come with image.pushTo; set pushTo, or remove it")
+    return faults
+
+
+def _contradictions(settings: Settings, secrets: Mapping[str, Any], faulty: set[str]) -> list[str]:
+    """Return what does not go together. Sections that are faulty by themselves have their defaults here and are left out."""
+    faults = _image_contradictions(settings, secrets, faulty)
+    made = f"{settings.kubernetes.name}-images"
+    if not faulty & {"storage", "kubernetes"} and settings.storage.claim.existing == made:
+        faults.append(
+            f'{PROJECT}:storage.claim.existing is "{made}": it must not be the claim that a stack of this name makes, which is '
+            "taken up by itself; leave existing out"
+        )
     if "access" not in faulty and settings.access.anonymous and "users" in secrets:
         faults.append(f"{PROJECT}:access.anonymous is true: it must be false where there are users; remove users or anonymous")
     if "certificate" not in faulty:
@@ -540,8 +606,6 @@ def _contradictions(settings: Settings, secrets: Mapping[str, Any], faulty: set[
             faults.append(
                 f"{PROJECT}:providedCertificate is set: it must come with certificate.mode: provided; set the mode, or remove it"
             )
-    if "image" not in faulty and "pushCredentials" in secrets and target is None:
-        faults.append(f"{PROJECT}:pushCredentials is set: it must come with image.pushTo; set pushTo, or remove it")
     everywhere = ipaddress.ip_address(settings.container.address).is_unspecified
     if not faulty & {"trust", "container"} and settings.trust.hosts_file and everywhere:
         faults.append(
@@ -553,8 +617,10 @@ def _contradictions(settings: Settings, secrets: Mapping[str, Any], faulty: set[
 
 def _secret_faults(settings: Settings, secrets: Mapping[str, Any]) -> list[str]:
     faults = []
-    if "sshPrivateKey" in secrets and "PRIVATE KEY-----" not in str(secrets["sshPrivateKey"]):
-        faults.append(f"{PROJECT}:sshPrivateKey cannot be read: it must be a private key; set the file's whole text")
+    if "sshPrivateKey" in secrets and not _is_ssh_key(str(secrets["sshPrivateKey"])):
+        faults.append(
+            f"{PROJECT}:sshPrivateKey cannot be read: it must be a private key without a passphrase; set the file's whole text"
+        )
     if "users" in secrets:
         faults += _user_faults(secrets["users"])
     if "pushCredentials" in secrets:
@@ -564,6 +630,18 @@ def _secret_faults(settings: Settings, secrets: Mapping[str, Any]) -> list[str]:
         shape = _text_faults("providedCertificate", secrets["providedCertificate"], parts)
         faults += shape or _certificate_faults(settings, secrets["providedCertificate"])
     return faults
+
+
+def _is_ssh_key(text: str) -> bool:
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_ssh_private_key
+
+    data = text.strip().encode() + b"\n"
+    try:
+        (load_ssh_private_key if b"OPENSSH" in data else load_pem_private_key)(data, None)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        return False
+    return True
 
 
 def _user_faults(users: Any) -> list[str]:

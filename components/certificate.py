@@ -70,7 +70,7 @@ class RegistryCertificate(pulumi.ComponentResource):
         authority = tls.SelfSignedCert(
             f"{name}-authority",
             private_key_pem=authority_key.private_key_pem,
-            subject=tls.SelfSignedCertSubjectArgs(common_name=f"{hostname} authority"),
+            subject=tls.SelfSignedCertSubjectArgs(common_name="Authority of a private registry"),
             is_ca_certificate=True,
             set_subject_key_id=True,
             allowed_uses=AUTHORITY_USES,

@@ -101,6 +101,7 @@ class RegistryContainer(pulumi.ComponentResource):
             wait_timeout=60,
             destroy_grace_seconds=STOP_SECONDS,
             labels=[docker.ContainerLabelArgs(label=label, value=value) for label, value in labels],
-            opts=in_place_of_the_old,
+            # Docker takes a limit back only from a new container.
+            opts=pulumi.ResourceOptions(parent=self, delete_before_replace=True, replace_on_changes=["memory"]),
         )
         self.register_outputs({})

@@ -52,11 +52,14 @@ class RegistryImage(pulumi.ComponentResource):
     def _delivered(
         self, name: str, settings: Image, image_id: pulumi.Output[str], ssh_private_key: pulumi.Output[str]
     ) -> pulumi.Output[str]:
-        """Copy the image to the nodes under a name that changes with its content, and return that name once it is there."""
+        """Copy the image to the nodes under a name that changes with its content, and return that name once it is there.
+
+        The name's host is reserved (RFC 2606): nothing can be pulled by it, whatever a node has lost.
+        """
         import pulumi_command as command
 
         content = image_id.apply(lambda digest: digest.removeprefix("sha256:")[:12])
-        reference = pulumi.Output.concat("docker.io/", settings.name, "-", content)
+        reference = pulumi.Output.concat("delivered.invalid/", settings.name, "-", content)
         nodes = [f"{node.user} {node.address} {node.port} {node.host_key}" for node in settings.nodes]
         delivery = command.local.Command(
             f"{name}-delivery",

@@ -19,6 +19,7 @@ class ClientTrust(pulumi.ComponentResource):
     ) -> None:
         super().__init__("private-registry:index:ClientTrust", name, None, opts)
         environment = {
+            "STACK": f"{pulumi.get_project()}/{pulumi.get_stack()}",
             "REGISTRY": settings.address,
             "TRUST_DOCKER": "yes" if settings.trust.docker else "no",
             "RESOLVE_TO": settings.container.address if settings.trust.hosts_file else "",

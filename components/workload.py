@@ -77,7 +77,8 @@ class RegistryWorkload(pulumi.ComponentResource):
         metadata: ObjectMetaArgsDict = {
             "name": f"{self._kubernetes.name}{suffix}",
             "namespace": namespace or self._kubernetes.namespace,
-            "labels": self._selector,
+            # By these `ops recover` tells the stack's own objects from others of the same name.
+            "labels": {**self._selector, "private-registry.stack": f"{pulumi.get_project()}.{pulumi.get_stack()}"},
         }
         if annotations:
             metadata["annotations"] = annotations
@@ -140,6 +141,8 @@ class RegistryWorkload(pulumi.ComponentResource):
             kubeconfig=config.get_secret("kubeconfig"),
             context=config.get("context"),
             upsert_existing_objects=True,
+            # Another address of the same cluster must not replace the provider, and with it the claim.
+            cluster_identifier=f"{pulumi.get_project()}/{pulumi.get_stack()}",
             opts=self._child,
         )
 
@@ -165,6 +168,7 @@ class RegistryWorkload(pulumi.ComponentResource):
             "containers": [
                 {
                     "name": "registry",
+                    "image_pull_policy": "Never" if self._settings.image.nodes else "IfNotPresent",
                     "args": ["serve", "/etc/distribution/config.yml"],
                     "ports": [{"name": "registry", "container_port": PORT, "protocol": "TCP"}],
                     "env": [
@@ -243,6 +247,7 @@ class RegistryWorkload(pulumi.ComponentResource):
                 {
                     "name": "image",
                     "image": image,
+                    "image_pull_policy": pod["containers"][0]["image_pull_policy"],
                     "args": ["--version"],
                     "resources": {"requests": {"cpu": "10m", "memory": "32Mi"}, "limits": {"memory": "128Mi"}},
                     "security_context": pod["containers"][0]["security_context"],
@@ -270,7 +275,7 @@ class RegistryWorkload(pulumi.ComponentResource):
                 spec[key] = pod[key]
         metadata = self._metadata(annotations=self._deadline())
         metadata["name"] = pulumi.Output.concat(self._kubernetes.name, "-image-", digest)
-        metadata["labels"] = {"app": f"{self._kubernetes.name}-image"}
+        metadata["labels"] = {**metadata["labels"], "k8s-app": f"{self._kubernetes.name}-image"}
         job: pulumi.Resource = kubernetes.batch.v1.Job(
             f"{self._name}-image",
             metadata=metadata,
@@ -297,7 +302,7 @@ class RegistryWorkload(pulumi.ComponentResource):
             lambda parts: hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
         )
         metadata = self._metadata(annotations=wait)
-        metadata["labels"] = self._labels
+        metadata["labels"] = {**metadata["labels"], **self._labels}
         kubernetes.core.v1.ReplicationController(
             self._name,
             metadata=metadata,

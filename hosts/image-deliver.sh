@@ -13,7 +13,8 @@ umask 077
 folder=$(mktemp -d)
 trap 'ssh-agent -k >/dev/null 2>&1 || true; rm -rf "$folder"' EXIT
 eval "$(ssh-agent -s -a "$folder/agent")" >/dev/null
-if ! ssh-add -q - 2>"$folder/said"; then
+# A stack's configuration strips the end of the key's last line, without which it is not read.
+if ! { cat; echo; } | ssh-add -q - 2>"$folder/said"; then
   echo "private-registry:sshPrivateKey cannot be used: $(cat "$folder/said")" >&2
   exit 2
 fi

@@ -2,13 +2,14 @@
 # Make this machine's Docker daemon trust a registry, and resolve the registry's name. Safe to run again at any time.
 #
 # stdin         the authority's certificate in PEM
+# STACK         project and stack: what one stack wrote, no other one changes
 # REGISTRY      host and port of the registry
 # TRUST_DOCKER  yes: write /etc/docker/certs.d/HOST:PORT/ca.crt, which Docker reads at each connection
 # RESOLVE_TO    an address: write a line for HOST into the hosts file; empty: do not
 #
 # exit 3: a file or line is in the way that this program did not write; exit 4: no permission.
 set -eu
-mark="# private-registry $REGISTRY"
+mark="# private-registry $STACK $REGISTRY"
 host=${REGISTRY%:*}
 folder=/etc/docker/certs.d/$REGISTRY
 file=$folder/ca.crt
@@ -45,6 +46,8 @@ if [ -n "$RESOLVE_TO" ]; then
   [ -z "$foreign" ] ||
     fail 3 "$hosts has $host at $(echo "$foreign" | head -n 1) already, in a line that is not of this program: remove it, or set private-registry:trust.hostsFile to false."
   if ! grep -qxF "$RESOLVE_TO $host $mark" "$hosts"; then
+    # The last line may lack its end.
+    [ -z "$(tail -c 1 "$hosts")" ] || echo >&9
     printf '%s\n' "$RESOLVE_TO $host $mark" >&9
   fi
 fi

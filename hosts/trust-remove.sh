@@ -1,7 +1,7 @@
 #!/bin/sh
-# Undo trust-install.sh: remove what it wrote for REGISTRY, and nothing else. Safe to run again at any time.
+# Undo trust-install.sh: remove what it wrote for STACK and REGISTRY, and nothing else. Safe to run again at any time.
 set -eu
-mark="# private-registry $REGISTRY"
+mark="# private-registry $STACK $REGISTRY"
 folder=/etc/docker/certs.d/$REGISTRY
 hosts=/etc/hosts
 
@@ -10,10 +10,15 @@ if [ -e "$folder/ca.crt" ] && grep -qxF "$mark" "$folder/ca.crt"; then
 fi
 rm -f "$folder"/.ca.crt.* # of an install that was cut off
 rmdir "$folder" /etc/docker/certs.d 2>/dev/null || true
-if grep -qF " $mark" "$hosts"; then
+ours() {
+  awk -v mark=" $mark" -v keep="$1" '
+    { own = substr($0, length($0) - length(mark) + 1) == mark }
+    own != keep' "$hosts"
+}
+if [ -n "$(ours 0)" ]; then
   exec 9>>"$hosts"
   flock 9
   # Written in place: in a container the hosts file is a mount that cannot be replaced.
-  kept=$(grep -vF " $mark" "$hosts" || true)
+  kept=$(ours 1)
   printf '%s\n' "$kept" >"$hosts"
 fi

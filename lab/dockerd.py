@@ -73,7 +73,9 @@ def start() -> str:
     """
     host = address() or _start_own()
     if host == f"unix://{SOCKET}":
-        ENVIRONMENT.write_text(f'export DOCKER_HOST="{host}"\n')
+        ENVIRONMENT.write_text(f'export DOCKER_HOST="${{DOCKER_HOST:-{host}}}"\n')
+    else:
+        ENVIRONMENT.unlink(missing_ok=True)
     return host
 
 

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from ops.stack import OpsError, registry_of
 
@@ -18,7 +19,7 @@ def main() -> None:
 
 
 def _failed(error: OpsError) -> typer.Exit:
-    console.print(f"[red]✗[/red] {error.what}", markup=True)
+    console.print(f"[red]✗[/red] {escape(error.what)}")
     console.print(f"  {error.mend}", markup=False)
     return typer.Exit(1)
 
@@ -38,7 +39,7 @@ def verify(
             with console.status(name):
                 result = take()
             mark = "[yellow]![/yellow]" if result.warning else "[green]✓[/green]"
-            console.print(f"{mark} {result.step:8} {result.said} [dim]({result.seconds:.2f} s)[/dim]")
+            console.print(f"{mark} {result.step:8} {escape(result.said)} [dim]({result.seconds:.2f} s)[/dim]")
     except OpsError as error:
         raise _failed(error) from None
 
@@ -55,7 +56,7 @@ def recover(
         done = False
         for sentence in mend(stack, force=force):
             done = True
-            console.print(f"[green]✓[/green] {sentence}")
+            console.print(f"[green]✓[/green] {escape(sentence)}")
         console.print("Now run `pulumi up`." if done else "Nothing to mend.")
     except OpsError as error:
         raise _failed(error) from None

@@ -32,38 +32,63 @@ def recover(stack: str, *, force: bool) -> Iterator[str]:
     Raises:
         OpsError: an update runs, or the state or the Docker daemon cannot be reached.
     """
-    yield from _restore_checkpoint(stack)
-    yield from _clear_lock(stack, force=force)
+    name = stack.rpartition("/")[2]
+    locks = _checked_locks(name, force=force)
+    yield from _restore_checkpoint(name)
+    if locks or (locks is None and force):
+        pulumi("cancel", "--yes", "--stack", stack)
+        yield "the lock of the interrupted run is cleared"
     exported = json.loads(pulumi("stack", "export", "--stack", stack))
     deployment = exported["deployment"]
     resources: list[dict[str, Any]] = deployment.get("resources") or []
     pending: list[dict[str, Any]] = deployment.get("pending_operations") or []
-    gone: set[str] = set()
+    gone: list[dict[str, Any]] = []
     for operation in pending:
-        urn = operation["resource"]["urn"]
-        yield f"{operation['type']} {_label(urn)} was cut off: {_undo(operation, resources)}"
+        yield f"{operation['type']} {_label(operation['resource']['urn'])} was cut off: {_undo(operation, resources)}"
         if operation["type"] == "deleting":
-            gone.add(urn)
-    with_docker = any(entry["type"] == CONTAINER for entry in [*resources, *(operation["resource"] for operation in pending)])
-    containers = _containers(stack) if with_docker else {}
-    recorded = {entry["id"]: entry["urn"] for entry in resources if entry["type"] == CONTAINER and "id" in entry}
-    for identifier, urn in recorded.items():
-        if identifier not in containers and urn not in gone:
-            yield f"{_label(urn)} is in the state, but no longer there: taken out of the state"
-            gone.add(urn)
-    gone |= _dependent_containers(resources, gone)
+            gone += _half_that_goes(operation["resource"]["urn"], resources)
+    recorded = [entry for entry in resources if entry["type"] == CONTAINER and entry.get("id")]
+    with_docker = recorded or any(operation["resource"]["type"] == CONTAINER for operation in pending)
+    containers = _containers(name) if with_docker else {}
+    missing = [entry for entry in recorded if entry["id"] not in containers and entry not in gone]
+    if missing and not containers and len(missing) == len(recorded) and not force:
+        raise OpsError(
+            f"None of the containers of {stack} is on the Docker daemon that answers here.",
+            "See whether DOCKER_HOST names the stack's own. If they were removed, run this again with --force.",
+        )
+    for entry in missing:
+        yield f"{_label(entry['urn'])} is in the state, but no longer there: taken out of the state"
+        gone.append(entry)
+    gone += _dependent_containers(recorded, gone)
+    forgotten = {entry["id"] for entry in gone if entry["type"] == CONTAINER}
     # Only what this state was about to make, or no longer has: another checkout may have a stack of the same name.
     cut_off = {operation["resource"]["inputs"].get("name") for operation in pending if operation["resource"]["type"] == CONTAINER}
-    forgotten = {identifier for identifier, urn in recorded.items() if urn in gone}
-    kept = recorded.keys() - forgotten
+    kept = {entry["id"] for entry in recorded} - forgotten
     for identifier, container in containers.items():
         if identifier in forgotten or (container.name in cut_off and identifier not in kept):
             container.remove(force=True, v=True)
             yield f"the container {container.name} was there, but not in the state: removed"
     if pending or gone:
-        deployment["resources"] = [entry for entry in resources if entry["urn"] not in gone]
+        deployment["resources"] = [entry for entry in resources if entry not in gone]
+        _drop_references({entry["urn"] for entry in gone} - {entry["urn"] for entry in deployment["resources"]}, deployment)
         deployment["pending_operations"] = []
         pulumi("stack", "import", "--stack", stack, stdin=json.dumps(exported))
+
+
+def _half_that_goes(urn: str, resources: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return what a cut-off deletion was about: of a resource that is being replaced, only the old half."""
+    halves = [entry for entry in resources if entry["urn"] == urn]
+    return [entry for entry in halves if entry.get("delete")] or halves
+
+
+def _drop_references(urns: set[str], deployment: dict[str, Any]) -> None:
+    """Take references to resources that are gone out of the others; the engine refuses a state that has them."""
+    for entry in deployment["resources"]:
+        entry["dependencies"] = [urn for urn in entry.get("dependencies") or [] if urn not in urns]
+        by_property = entry.get("propertyDependencies") or {}
+        entry["propertyDependencies"] = {
+            key: [urn for urn in found or [] if urn not in urns] for key, found in by_property.items()
+        }
 
 
 def _label(urn: str) -> str:
@@ -71,7 +96,12 @@ def _label(urn: str) -> str:
     return f"{kind.split('$')[-1].split(':')[-1]} {name}"
 
 
-def _clear_lock(stack: str, *, force: bool) -> Iterator[str]:
+def _checked_locks(stack: str, *, force: bool) -> list[dict[str, Any]] | None:
+    """Return the locks of runs that have ended, or None where the backend does not let one look.
+
+    Raises:
+        OpsError: a run goes on, or may go on elsewhere.
+    """
     locks = _locks(stack)
     for lock in locks or []:
         here = lock.get("hostname") == socket.gethostname()
@@ -85,9 +115,7 @@ def _clear_lock(stack: str, *, force: bool) -> Iterator[str]:
                 f"{lock['username']} on {lock['hostname']} holds the lock of {stack} since {lock['timestamp']}.",
                 "Ask whether that update runs. If it does not, run this again with --force.",
             )
-    if locks or (locks is None and force):
-        pulumi("cancel", "--yes", "--stack", stack)
-        yield "the lock of the interrupted run is cleared"
+    return locks
 
 
 def _state_folder() -> Path | None:
@@ -126,26 +154,27 @@ def _locks(stack: str) -> list[dict[str, Any]] | None:
 
 
 def _undo(operation: dict[str, Any], resources: list[dict[str, Any]]) -> str:
-    """Undo what a cut-off operation may have done on this machine, and say so."""
+    """Undo what a cut-off operation may have done, and say so."""
     resource, kind = operation["resource"], operation["type"]
-    if kind == "updating":
-        if resource["type"] != COMMAND:
-            return "the next `pulumi up` does it again"
-        before = next(entry for entry in resources if entry["urn"] == resource["urn"])
-        _run(before["inputs"], before["inputs"].get("update", before["inputs"]["create"]))
-        return "put back to what the state says; the next `pulumi up` does it again"
-    if resource["type"] == COMMAND and "delete" in resource["inputs"]:
-        _run(resource["inputs"], resource["inputs"]["delete"])
-        return "removed" if kind == "deleting" else "removed, and made again by the next `pulumi up`"
-    if kind == "deleting":
-        return "taken out of the state"
+    if kind not in ("creating", "updating", "deleting"):
+        return "it changes nothing"
+    again = "the next `pulumi up` does it again"
+    if resource["type"] == COMMAND:
+        before = next((entry for entry in resources if entry["urn"] == resource["urn"]), resource)
+        inputs = before["inputs"] if kind == "updating" else resource["inputs"]
+        command = inputs.get("update", inputs.get("create")) if kind == "updating" else inputs.get("delete")
+        if command is None or not isinstance(inputs.get("stdin", ""), str):  # an encrypted one
+            return again
+        _run(inputs, command)
+        done = "put back to what the state says" if kind == "updating" else "removed"
+        return done if kind == "deleting" else f"{done}; {again}"
     # A claim that is there already is taken for the stack's own by the next `pulumi up`: it may have images.
     if resource["type"].startswith("kubernetes:") and not resource["type"].endswith(":PersistentVolumeClaim"):
         from ops.workload import remove_unrecorded
 
-        if remove_unrecorded(resource["inputs"]):
-            return "removed, and made again by the next `pulumi up`"
-    return "the next `pulumi up` makes it again"
+        if kind != "updating" and remove_unrecorded(resource["inputs"]):
+            return "removed" if kind == "deleting" else f"removed; {again}"
+    return "taken out of the state" if kind == "deleting" else again
 
 
 def _run(inputs: dict[str, Any], command: str) -> None:
@@ -175,6 +204,7 @@ def _containers(stack: str) -> dict[str, Any]:
     return {str(container.id): container for container in found}
 
 
-def _dependent_containers(resources: list[dict[str, Any]], gone: set[str]) -> set[str]:
+def _dependent_containers(recorded: list[dict[str, Any]], gone: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the containers that cannot stay, as they need one that is gone."""
-    return {entry["urn"] for entry in resources if entry["type"] == CONTAINER and gone & set(entry.get("dependencies", []))}
+    lost = {entry["urn"] for entry in gone if entry["type"] == CONTAINER}
+    return [entry for entry in recorded if entry not in gone and lost & set(entry.get("dependencies") or [])]

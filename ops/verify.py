@@ -27,6 +27,8 @@ from ops.stack import OpsError, Registry
 
 TIMEOUT_SECONDS = 10
 WARNING_DAYS = 30
+AUTHORITY_WARNING_DAYS = 180  # all clients have to be told
+HOSTS_FILE_SECONDS = 6  # the daemon, a Go program, reads the hosts file again after five
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 CONFIG = "application/vnd.oci.image.config.v1+json"
 LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
@@ -94,6 +96,10 @@ class Verification:
             trust_env=False,
         )
 
+    @property
+    def _logs(self) -> str:
+        return "`kubectl logs`" if self._registry.workload else "`docker ps --all`, `docker logs`"
+
     def steps(self, *, docker: bool = False) -> Iterator[tuple[str, Callable[[], Result]]]:
         """Yield each step's name, and what takes it. One that fails raises OpsError."""
         all_steps: list[tuple[str, Callable[[], str]]] = [
@@ -129,7 +135,9 @@ class Verification:
         except socket.gaierror as error:
             raise OpsError(
                 f"{host} does not resolve: {error.strerror}.",
-                f"Add {host} to your DNS, or set private-registry:trust.hostsFile to true and run `pulumi up`.",
+                f"Add {host} to your DNS, with the address of any node."
+                if self._registry.workload
+                else f"Add {host} to your DNS, or set private-registry:trust.hostsFile to true and run `pulumi up`.",
             ) from None
         return f"{host} is {', '.join(sorted({str(entry[4][0]) for entry in found}))}"
 
@@ -140,7 +148,7 @@ class Verification:
         except ConnectionRefusedError:
             raise OpsError(
                 f"Nothing listens on {host}:{port}.",
-                "See whether the registry runs (`docker ps --all`) and what it says (`docker logs`), then run `pulumi up`.",
+                f"See whether the registry runs and what it says ({self._logs}), then run `pulumi up`.",
             ) from None
         except OSError as error:
             raise OpsError(
@@ -163,18 +171,25 @@ class Verification:
                 f"{host}:{port} does not speak TLS: {error}.", "Another program has the port, or a proxy is in between."
             ) from None
         assert der is not None
-        certificate = x509.load_der_x509_certificate(der)
-        days = (certificate.not_valid_after_utc - datetime.datetime.now(datetime.UTC)).days
-        end = f"valid until {certificate.not_valid_after_utc:%Y-%m-%d}, {days} days"
+        now = datetime.datetime.now(datetime.UTC)
+        last = x509.load_der_x509_certificate(der).not_valid_after_utc
+        days = (last - now).days
+        end = f"valid until {last:%Y-%m-%d}, {days} days"
+        authorities = x509.load_pem_x509_certificates(self._registry.authority.encode())
+        authority_days = (max(one.not_valid_after_utc for one in authorities) - now).days
+        if authority_days < AUTHORITY_WARNING_DAYS and authority_days > days:
+            return f"warning: {end}; the authority itself ends in {authority_days} days, and every client will need a new one"
         if days < WARNING_DAYS:
-            return f"warning: {end}; run `pulumi up` to renew it"
+            return f"warning: {end}; run `pulumi up` to renew it, from certificate.renewBeforeDays before its end"
         return f"signed by the stack's authority, {end}"
 
     def _request(self, method: str, url: str, **arguments: object) -> httpx.Response:
         try:
             return self._client.request(method, url, **arguments)  # type: ignore[arg-type]
         except httpx.HTTPError as error:
-            raise OpsError(f"{method} {url} got no answer: {error}.", "See what the registry says: `docker logs`.") from None
+            raise OpsError(
+                f"{method} {url} got no answer: {error}.", "See what the registry says: its pod's or its container's log."
+            ) from None
 
     def _expect(self, response: httpx.Response, status: int, doing: str) -> httpx.Response:
         if response.status_code == status:
@@ -225,7 +240,12 @@ class Verification:
 
             def docker(*arguments: str, stdin: bytes = b"") -> str:
                 command = ["docker", *arguments]
-                run = subprocess.run(command, input=stdin, env=environment, capture_output=True, check=False)
+                deadline = time.monotonic() + HOSTS_FILE_SECONDS
+                while True:
+                    run = subprocess.run(command, input=stdin, env=environment, capture_output=True, check=False)
+                    if b"no such host" not in run.stderr or time.monotonic() > deadline:
+                        break
+                    time.sleep(0.5)
                 if run.returncode:
                     said = run.stderr.decode(errors="replace").strip().splitlines()[-1:]
                     raise _docker_failed(arguments[0], said[0] if said else "it said nothing", self._registry)
@@ -280,7 +300,7 @@ def _refused(response: httpx.Response, doing: str) -> OpsError:
         return OpsError(f"{what} Its disk is full.", "Grow the disk, or delete images and collect garbage.")
     if "read-only file system" in response.text:
         return OpsError(f"{what} Its filesystem is read-only.", "Check the disk: a filesystem with errors is remounted so.")
-    return OpsError(f"{what} {response.text[:200].strip()}", "See what the registry says: `docker logs`.")
+    return OpsError(f"{what} {response.text[:200].strip()}", "See what the registry says: its pod's or its container's log.")
 
 
 def _docker_failed(verb: str, said: str, registry: Registry) -> OpsError:

@@ -21,7 +21,7 @@ BIN = ROOT / ".toolchain/bin"
 HOME = ROOT / ".toolchain/home"
 ENVIRONMENT = ROOT / ".toolchain/env"
 OFFICIAL = ROOT / ".toolchain/official"
-OLDEST = (3, 200, 0)  # the first CLI whose protocol the pinned SDK speaks in full
+OLDEST = (3, 214, 0)  # the first that knows replacement_trigger; older ones would leave pods with old certificates
 DOWNLOADS = "https://get.pulumi.com/releases/sdk/latest-version"
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -51,13 +51,15 @@ def _downloads_reachable() -> bool:
 
 def _plugins_installed(cli: Path, *, install: bool) -> bool:
     """Tell whether the CLI has every plugin, after it was asked to install those that are missing."""
-    listed = subprocess.run([cli, "plugin", "ls", "--json"], capture_output=True, text=True, check=False)
+    # In a shell that has read .toolchain/env the stand-ins' home would be asked.
+    environment = {key: value for key, value in os.environ.items() if (key, value) != ("PULUMI_HOME", str(HOME))}
+    listed = subprocess.run([cli, "plugin", "ls", "--json"], env=environment, capture_output=True, text=True, check=False)
     have = {(plugin["name"], plugin["version"]) for plugin in json.loads(listed.stdout or "[]")}
     for name, version in _plugin_versions().items():
         if (name, version) in have:
             continue
         command = [str(cli), "plugin", "install", "resource", name, version]
-        if not install or subprocess.run(command, capture_output=True, check=False).returncode:
+        if not install or subprocess.run(command, env=environment, capture_output=True, check=False).returncode:
             return False
     return True
 
@@ -87,7 +89,7 @@ def _launcher(file: Path, module: str) -> None:
         file.chmod(0o755)
 
 
-def _link(cli: Path) -> None:
+def _link(cli: Path, *, stand_ins: bool) -> None:
     """Put the CLI into `.toolchain/bin`.
 
     By a hard link where it can be one: the engine looks for its plugins beside the file that a symbolic link leads to.
@@ -96,16 +98,19 @@ def _link(cli: Path) -> None:
     if link.exists() and link.samefile(cli):
         return
     link.unlink(missing_ok=True)
-    try:
-        link.hardlink_to(cli)
-    except OSError:
+    if stand_ins:
+        try:
+            link.hardlink_to(cli)
+        except OSError:
+            link.symlink_to(cli)
+    else:  # its language host is beside it
         link.symlink_to(cli)
 
 
-def _environment(stand_ins: bool) -> str:
+def _environment(cli: Path, *, stand_ins: bool) -> str:
     docker = ROOT / ".lab/env"  # where the lab has a Docker daemon of its own
     lines = [
-        f'export PATH="{BIN}:{Path(sys.executable).parent}:$PATH"',
+        f'export PATH="{BIN}:{"" if stand_ins else f"{cli.parent}:"}{Path(sys.executable).parent}:$PATH"',
         "export PULUMI_SKIP_UPDATE_CHECK=true",
         f'if [ -e "{docker}" ]; then . "{docker}"; fi',
     ]
@@ -137,8 +142,8 @@ def main() -> None:
     stand_ins = cli.is_relative_to(CACHE)
     if not stand_ins:  # one of an earlier run must not go before the official one
         (BIN / "pulumi-language-python").unlink(missing_ok=True)
-    _link(cli)
-    ENVIRONMENT.write_text(_environment(stand_ins))
+    _link(cli, stand_ins=stand_ins)
+    ENVIRONMENT.write_text(_environment(cli, stand_ins=stand_ins))
     console.print(f"toolchain: {way}")
 
 

@@ -27,6 +27,5 @@ salt=$(grep '^encryptionsalt:' .local/Pulumi.local.yaml 2>/dev/null || true)
   [ -z "$salt" ] || echo "$salt"
 } >.local/Pulumi.local.yaml.new
 mv .local/Pulumi.local.yaml.new .local/Pulumi.local.yaml
-if [ -z "$salt" ]; then
-  pulumi --non-interactive -C .local stack select --create local >/dev/null
-fi
+# Each time: the user may have set another backend since.
+pulumi --non-interactive -C .local stack select --create local >/dev/null

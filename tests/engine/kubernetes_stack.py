@@ -92,7 +92,7 @@ class KubernetesStack(Stack):
     def _trust_script(self, verb: str, **environment: str) -> None:
         subprocess.run(
             [str(ROOT / f"hosts/trust-{verb}.sh")],
-            env={**os.environ, "REGISTRY": f"{self.hostname}:0", **environment},
+            env={**os.environ, "STACK": f"tests/{self.name}", "REGISTRY": f"{self.hostname}:0", **environment},
             stdin=subprocess.DEVNULL,
             check=True,
         )

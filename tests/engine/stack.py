@@ -15,6 +15,7 @@ import httpx
 import yaml
 
 ROOT = Path(__file__).parent.parent.parent
+HOSTS_FILE_SECONDS = 6  # the daemon, a Go program, reads the hosts file again after five
 PROGRAM = ("__main__.py", "settings.py", "components", "hosts", "image")
 
 
@@ -168,14 +169,19 @@ class Stack:
 
     def docker(self, *arguments: str, check: bool = True, stdin: str = "") -> subprocess.CompletedProcess[str]:
         """Run the Docker client with logins of the stack's own."""
-        run = subprocess.run(
-            ["docker", *arguments],
-            env={**self.environment, "DOCKER_CONFIG": str(self.folder / "docker")},
-            input=stdin,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        deadline = time.monotonic() + HOSTS_FILE_SECONDS
+        while True:
+            run = subprocess.run(
+                ["docker", *arguments],
+                env={**self.environment, "DOCKER_CONFIG": str(self.folder / "docker")},
+                input=stdin,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if "no such host" not in run.stderr or time.monotonic() > deadline:
+                break
+            time.sleep(0.5)
         if check and run.returncode:
             raise AssertionError(f"docker {' '.join(arguments)} exited {run.returncode}: {run.stderr}")
         return run
@@ -213,7 +219,11 @@ class Stack:
         (image / "config.yml").write_text((image / "config.yml").read_text().replace("level: info", "level: warn"))
 
     def remove_trust(self) -> None:
-        subprocess.run([str(ROOT / "hosts/trust-remove.sh")], env={**os.environ, "REGISTRY": self.address}, check=True)
+        subprocess.run(
+            [str(ROOT / "hosts/trust-remove.sh")],
+            env={**os.environ, "STACK": f"private-registry/{self.name}", "REGISTRY": self.address},
+            check=True,
+        )
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:

@@ -29,7 +29,7 @@ DOCKER: dict[str, tuple[Any, dict[str, str]]] = {
     "container.port": (1, {"registry": "replace", "trust": "replace"}),
     "container.address": ("127.0.0.2", {"registry": "replace", "trust": "replace"}),
     "container.name": ("other", CONTAINER),
-    "container.memoryMiB": (512, {"registry": "update"}),
+    "container.memoryMiB": (512, {"registry": "replace"}),
     "storage.volume": ("other", {"registry-images": "replace", "registry": "replace"}),
     "storage.onDestroy": ("delete", {}),
     "storage.protect": (True, {}),

@@ -54,15 +54,13 @@ def test_another_port_moves_the_registry_and_its_trust(stack: Stack) -> None:
     assert stack.pull_image() == pushed
 
 
-def test_more_memory_is_given_in_place(stack: Stack, daemon: docker.DockerClient) -> None:
-    stack.up()
-    before = daemon.containers.get(stack.name).id
+def test_a_limit_of_memory_holds_and_goes_again(stack: Stack, daemon: docker.DockerClient) -> None:
     stack.set("container", memoryMiB=256)
-    assert stack.steps() == {"registry": "update"}
     stack.up()
-    container = daemon.containers.get(stack.name)
-    assert container.id == before
-    assert container.attrs["HostConfig"]["Memory"] == 256 << 20
+    assert daemon.containers.get(stack.name).attrs["HostConfig"]["Memory"] == 256 << 20
+    del stack.settings["container"]["memoryMiB"]
+    stack.up()
+    assert daemon.containers.get(stack.name).attrs["HostConfig"]["Memory"] == 0
 
 
 def test_a_certificate_inside_its_renewal_window_is_renewed_and_clients_stay_as_they_are(stack: Stack) -> None:

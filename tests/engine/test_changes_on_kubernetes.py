@@ -98,7 +98,8 @@ def test_a_controller_that_was_edited_is_put_back(registry: KubernetesStack) -> 
 
 
 def test_a_controller_that_was_deleted_is_made_again(registry: KubernetesStack) -> None:
-    registry.api.delete(f"{registry.namespace}/replicationcontrollers/registry").raise_for_status()
+    path = f"{registry.namespace}/replicationcontrollers/registry"
+    registry.api.delete(path, params={"propagationPolicy": "Background"}).raise_for_status()
     wait_for(lambda: not registry.get("pods?labelSelector=k8s-app%3Dregistry")["items"])
     registry.up("--refresh")
     converged(registry)

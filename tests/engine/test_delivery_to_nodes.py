@@ -39,7 +39,7 @@ def test_a_node_more_gets_the_image_and_the_pod_stays(delivered: KubernetesStack
 def test_the_image_is_on_every_node_and_the_registry_runs_from_it(delivered: KubernetesStack) -> None:
     delivered.up()
     image = delivered.pod()["spec"]["containers"][0]["image"]
-    assert image.startswith(f"docker.io/test/{delivered.name}:3.1.2-")
+    assert image.startswith(f"delivered.invalid/test/{delivered.name}:3.1.2-")
     assert delivered.preview("--expect-no-changes").returncode == 0
     assert delivered.push_image() == delivered.pull_image()
     delivered.change_configuration()

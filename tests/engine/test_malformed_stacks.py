@@ -38,7 +38,7 @@ MALFORMED: dict[str, tuple[dict[str, Any], tuple[str, str, str]]] = {
     "memory of one MiB": ({"container": {"memoryMiB": 1}}, ("memoryMiB is 1", "from 64", "such as 512")),
     "memory beyond all machines": ({"container": {"memoryMiB": 1 << 30}}, ("1073741824", "to 1048576", "such as 512")),
     "memory with a unit": ({"container": {"memoryMiB": "512Mi"}}, ('"512Mi"', "whole number", "without quotes")),
-    "unknown section": ({"kubernetes": {}}, ("kubernetes is not a setting", "must be one of", "correct or remove")),
+    "unknown section": ({"swarm": {}}, ("swarm is not a setting", "must be one of", "correct or remove")),
     "misspelt key": ({"container": {"prot": 5000}}, ("container.prot", "container has name", "correct or remove prot")),
     "key in the wrong style": (
         {"container": {"memory_mib": 512}},
@@ -90,7 +90,7 @@ MALFORMED: dict[str, tuple[dict[str, Any], tuple[str, str, str]]] = {
     ),
     "authority that ends first": (
         {"certificate": {"authorityValidityDays": 100}},
-        ("authorityValidityDays 100", "at least validityDays 365", "raise"),
+        ("authorityValidityDays 100", "at least twice validityDays 365", "raise"),
     ),
     "name that is none": ({"certificate": {"names": ["*.x y"]}}, ('"*.x y"', "DNS name", "such as")),
     "names as a text": ({"certificate": {"names": "a.b"}}, ('"a.b"', "must be a list", "in brackets")),
@@ -110,6 +110,54 @@ MALFORMED: dict[str, tuple[dict[str, Any], tuple[str, str, str]]] = {
         {"trust": {"hostsFile": True}, "container": {"address": "0.0.0.0"}},
         ("0.0.0.0", "must then be one address", "write the address"),
     ),
+    "a bare word to push to": ({"image": {"pushTo": "hub"}}, ('"hub"', "registry's host", "such as hub.example.com")),
+    "tag that is no label": ({"image": {"tag": "a" * 51}}, ("aaa", "at most 50", "such as 3.1.2")),
+    "no CPU at all": (
+        {"target": "kubernetes", "image": {"pushTo": "hub.example.com"}, "kubernetes": {"cpu": "0.000"}},
+        ('"0.000"', "number of CPUs", "such as"),
+    ),
+    "memory without a unit": (
+        {"target": "kubernetes", "image": {"pushTo": "hub.example.com"}, "kubernetes": {"memory": "10"}},
+        ('"10"', "with the unit", "such as 10Gi"),
+    ),
+    "node port out of range": (
+        {"target": "kubernetes", "image": {"pushTo": "hub.example.com"}, "kubernetes": {"nodePort": 80}},
+        ("nodePort is 80", "from 30000 to 32767", "such as 32500"),
+    ),
+    "cluster without a registry for the image": ({"target": "kubernetes"}, ("pushTo is missing", "pull from", "image.nodes")),
+    "container settings in a cluster": (
+        {"target": "kubernetes", "image": {"pushTo": "hub.example.com"}, "container": {"port": 5000}},
+        ("container is set", "target: docker", "remove it"),
+    ),
+    "cluster settings on Docker": ({"kubernetes": {"cpu": "1"}}, ("kubernetes is set", "target: kubernetes", "remove it")),
+    "push to its own ingress": (
+        {
+            "target": "kubernetes",
+            "image": {"pushTo": "hub.test"},
+            "kubernetes": {"ingress": {"host": "hub.test", "tlsSecret": "a"}},
+        },
+        ("hub.test", "comes from itself", "leave pushTo out"),
+    ),
+    "claim that the stack makes": (
+        {
+            "target": "kubernetes",
+            "image": {"pushTo": "hub.test"},
+            "storage": {"claim": {"existing": "registry-images"}},
+        },
+        ('"registry-images"', "must not be the claim", "leave existing out"),
+    ),
+    "claim that exists and is made": (
+        {
+            "target": "kubernetes",
+            "image": {"pushTo": "hub.test"},
+            "storage": {"claim": {"existing": "a", "sizeGiB": 5}},
+        },
+        ("storage.claim", "contradicts className and sizeGiB", "leave existing"),
+    ),
+    "node without its host key": (
+        {"target": "kubernetes", "image": {"nodes": [{"address": "node1"}]}},
+        ("hostKey", "must be there", "write it"),
+    ),
     "users in plain text": (
         {"users": {"alice": "secret-password"}},
         ("users is in plain text", "must be encrypted", "--secret"),
@@ -127,6 +175,8 @@ SECRETS: dict[str, tuple[dict[str, str], dict[str, Any], tuple[str, str, str]]] 
     "short password": ({"users.alice": "short"}, {}, ("users.alice", "8 to 72 bytes", "set another")),
     "password beyond bcrypt": ({"users.alice": "x" * 73}, {}, ("73 bytes", "8 to 72 bytes", "set another")),
     "user name with a colon": ({'users["a:b"]': "long enough"}, {}, ("'a:b'", "letters, digits", "rename it")),
+    "key that is none": ({"sshPrivateKey": "x"}, {}, ("sshPrivateKey cannot be read", "without a passphrase", "whole text")),
+    "key for no node": ({"sshPrivateKey": "x"}, {}, ("sshPrivateKey must be set exactly where", "image.nodes", "remove it")),
     "users where all are let in": (
         {"users.alice": "long enough"},
         {"access": {"anonymous": True}},

@@ -20,9 +20,9 @@ class Script:
         self.file = Path(f"/etc/docker/certs.d/{self.address}/ca.crt")
 
     def run(
-        self, name: str, *, authority: str = PEM, docker: str = "yes", resolve: str = "127.0.0.9"
+        self, name: str, *, authority: str = PEM, docker: str = "yes", resolve: str = "127.0.0.9", stack: str = "project/test"
     ) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "REGISTRY": self.address, "TRUST_DOCKER": docker, "RESOLVE_TO": resolve}
+        environment = {**os.environ, "STACK": stack, "REGISTRY": self.address, "TRUST_DOCKER": docker, "RESOLVE_TO": resolve}
         return subprocess.run(
             [str(ROOT / f"hosts/trust-{name}.sh")],
             env=environment,
@@ -52,7 +52,7 @@ def test_install_writes_the_authority_and_one_line(script: Script) -> None:
         assert script.run("install").returncode == 0
     assert PEM in script.file.read_text()
     assert script.file.stat().st_mode & 0o777 == 0o644
-    assert script.lines() == [f"127.0.0.9 {script.host} # private-registry {script.address}"]
+    assert script.lines() == [f"127.0.0.9 {script.host} # private-registry project/test {script.address}"]
 
 
 def test_another_authority_takes_the_place_of_the_first(script: Script) -> None:
@@ -101,6 +101,34 @@ def test_a_foreign_line_for_the_name_is_refused_and_kept(script: Script) -> None
     assert script.lines() == [f"10.1.2.3 {script.host}"]
 
 
+def test_another_stacks_authority_for_the_same_address_is_left_alone(script: Script) -> None:
+    script.run("install")
+    refused = script.run("install", stack="project/other")
+    assert refused.returncode == 3
+    script.run("remove", stack="project/other")
+    assert PEM in script.file.read_text()
+    assert len(script.lines()) == 1
+
+
+def test_a_hosts_file_without_an_end_to_its_last_line_keeps_that_line(script: Script) -> None:
+    other = f"10.1.2.4 other-{script.host}"
+    before = HOSTS.read_text()
+    HOSTS.write_text(before + other)
+    script.run("install", docker="no")
+    script.run("remove")
+    assert other in HOSTS.read_text().splitlines()
+
+
+def test_the_line_of_a_longer_port_is_left_alone(script: Script) -> None:
+    script.run("install", docker="no")
+    short = script.address
+    script.address = f"{short}0"
+    script.run("install", docker="no")
+    script.address = short
+    script.run("remove")
+    assert script.lines() == [f"127.0.0.9 {script.host} # private-registry project/test {short}0"]
+
+
 def test_an_install_that_was_cut_off_leaves_no_half_file_after_the_next(script: Script) -> None:
     script.file.parent.mkdir(parents=True)
     (script.file.parent / ".ca.crt.abcdef").write_text("half")
@@ -115,7 +143,13 @@ def test_twenty_stacks_at_once_lose_no_line(script: Script) -> None:
         running = [
             subprocess.Popen(
                 [str(ROOT / "hosts/trust-install.sh")],
-                env={**os.environ, "REGISTRY": one.address, "TRUST_DOCKER": "no", "RESOLVE_TO": "127.0.0.9"},
+                env={
+                    **os.environ,
+                    "STACK": "project/test",
+                    "REGISTRY": one.address,
+                    "TRUST_DOCKER": "no",
+                    "RESOLVE_TO": "127.0.0.9",
+                },
                 stdin=subprocess.DEVNULL,
             )
             for one in scripts
@@ -132,7 +166,7 @@ def test_without_permission_it_says_what_to_do(script: Script) -> None:
     command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", str(ROOT / "hosts/trust-install.sh")]
     # The checkout may be out of an ordinary user's reach: the script comes by standard input's neighbour, the command.
     command[4:] = ["sh", "-c", (ROOT / "hosts/trust-install.sh").read_text()]
-    environment = {**os.environ, "REGISTRY": script.address, "TRUST_DOCKER": "yes", "RESOLVE_TO": ""}
+    environment = {**os.environ, "STACK": "project/test", "REGISTRY": script.address, "TRUST_DOCKER": "yes", "RESOLVE_TO": ""}
     refused = subprocess.run(command, env=environment, input=PEM, cwd="/", capture_output=True, text=True, check=False)
     assert refused.returncode == 4
     assert "run pulumi as root, or set private-registry:trust.docker to false" in refused.stderr

@@ -195,7 +195,7 @@ def test_an_expired_certificate(odd: OddRegistry) -> None:
 def test_a_certificate_that_ends_soon_is_a_warning(odd: OddRegistry) -> None:
     results = [take() for _, take in Verification(odd.start(days=12)).steps()]
     (warned,) = [result for result in results if result.warning]
-    assert "12 days; run `pulumi up` to renew it" in warned.said
+    assert "12 days; run `pulumi up` to renew it, from" in warned.said
 
 
 def test_a_registry_in_read_only_mode(odd: OddRegistry) -> None:
