@@ -22,7 +22,7 @@ DOCKER: dict[str, tuple[Any, dict[str, str]]] = {
     "certificate.names": (["other.test"], {**CERTIFICATE, **CONTAINER}),
     "certificate.addresses": (["10.0.0.1"], {**CERTIFICATE, **CONTAINER}),
     "certificate.renewBeforeDays": (20, {"certificate-server": "update"}),
-    "hostname": ("other.test", {**AUTHORITY, **CONTAINER, "trust": "replace"}),
+    "hostname": ("other.test", {**CERTIFICATE, **CONTAINER, "trust": "replace"}),
     "image.base": ("registry:3.1.1", {"image": "update", **CONTAINER}),
     "image.tag": ("other", {"image": "update", **CONTAINER}),
     "access.anonymous": (True, CONTAINER),
@@ -38,7 +38,7 @@ DOCKER: dict[str, tuple[Any, dict[str, str]]] = {
 }
 KUBERNETES: dict[str, tuple[Any, dict[str, str]]] = {
     "certificate.validityDays": (100, {**CERTIFICATE, **POD, "registry-files": "replace"}),
-    "hostname": ("other.test", {**AUTHORITY, **POD, "registry-files": "replace", "trust": "replace"}),
+    "hostname": ("other.test", {**CERTIFICATE, **POD, "registry-files": "replace", "trust": "replace"}),
     "image.tag": ("other", {"image": "update", "registry-image": "replace", **POD}),
     "access.anonymous": (True, {**POD, "registry-files": "replace", "registry-configuration": "replace"}),
     "kubernetes.cpu": ("1", POD),
