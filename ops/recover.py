@@ -127,10 +127,16 @@ def _state_folder() -> Path | None:
 def _restore_checkpoint(stack: str) -> Iterator[str]:
     """Put the engine's own backup in the place of a state that was cut off while it was written.
 
-    The backup is the state before that write, and the engine begins nothing that it has not written down.
+    The backup is the state before that write, and the engine begins nothing that it has not written down. Beside each file
+    is one with its attributes, which the engine does without where there is none, but not where it is torn.
     """
     if (folder := _state_folder()) is None:
         return
+    for part in (f"stacks/{PROJECT}/{stack}.json*.attrs", f"locks/organization/{PROJECT}/{stack}/*.attrs"):
+        for attributes in folder.glob(part):
+            if not _is_json(attributes):
+                attributes.unlink()
+                yield f"{attributes.name} was cut off while it was written: removed"
     file = folder / f"stacks/{PROJECT}/{stack}.json"
     backup = file.with_name(f"{file.name}.bak")
     if not _is_json(file) and _is_json(backup):

@@ -114,6 +114,16 @@ def test_recover_leaves_a_stack_of_the_same_name_in_another_checkout_alone(stack
     assert daemon.containers.get(str(other.id)).status == "created"
 
 
+def test_recover_removes_attributes_of_the_state_that_were_cut_off_while_they_were_written(stack: Stack) -> None:
+    stack.up()
+    attributes = stack.folder / f"state/.pulumi/stacks/private-registry/{stack.name}.json.attrs"
+    assert attributes.exists()
+    attributes.write_text("")
+    assert stack.preview(check=False).returncode != 0, "the engine does not mind: what is mended here is no fault"
+    assert "was cut off while it was written: removed" in stack.ops("recover").stdout
+    assert stack.preview("--expect-no-changes").returncode == 0
+
+
 @pytest.mark.parametrize("left", ["", '{"version": 3, "checkpoint'])
 def test_recover_restores_a_state_that_was_cut_off_while_it_was_written(stack: Stack, left: str) -> None:
     stack.up()
