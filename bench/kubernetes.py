@@ -32,26 +32,31 @@ class Requests:
         self._thread = threading.Thread(target=self._run)
         self.gap = 0.0
 
+    def _answers(self) -> bool:
+        try:
+            # Whether it serves is asked here; who it is, `ops verify` asks.
+            return httpx.get(self._url, verify=False, timeout=1, trust_env=False).is_success  # noqa: S501
+        except httpx.HTTPError:
+            return False
+
     def _run(self) -> None:
         answered = time.monotonic()
         while not self._stop.wait(REQUEST_SECONDS):
-            try:
-                # Whether it serves is asked here; whom it is, `ops verify` asks.
-                httpx.get(self._url, verify=False, timeout=1, trust_env=False).raise_for_status()  # noqa: S501
-            except httpx.HTTPError:
-                continue
-            self.gap = max(self.gap, time.monotonic() - answered)
-            answered = time.monotonic()
+            if self._answers():
+                self.gap = max(self.gap, time.monotonic() - answered)
+                answered = time.monotonic()
 
     def __enter__(self) -> "Requests":
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        wait_for(lambda: httpx.get(self._url, verify=False, timeout=1, trust_env=False).is_success)  # noqa: S501
-        time.sleep(2 * REQUEST_SECONDS)
-        self._stop.set()
-        self._thread.join()
+        try:
+            wait_for(self._answers)
+            time.sleep(1)  # so that the thread has seen the end of the gap
+        finally:
+            self._stop.set()
+            self._thread.join()
 
 
 def _gaps(stack: KubernetesStack, runs: int) -> Iterator[tuple[str, float]]:

@@ -12,7 +12,7 @@ from lab import dockerd, kubernetes
 from lab.debian import LabError
 from toolchain.programs import ToolchainError
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True)
+app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console(highlight=False, soft_wrap=True)
 
 

@@ -8,7 +8,8 @@ from rich.markup import escape
 
 from ops.stack import OpsError, registry_of
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True)
+# The library would show the values of all variables with a traceback, and passwords are among them.
+app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console(highlight=False, soft_wrap=True)
 Stack = Annotated[str, typer.Option(help="The stack.", envvar="STACK")]
 

@@ -24,7 +24,7 @@ OFFICIAL = ROOT / ".toolchain/official"
 OLDEST = (3, 214, 0)  # the first that knows replacement_trigger; older ones would leave pods with old certificates
 DOWNLOADS = "https://get.pulumi.com/releases/sdk/latest-version"
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None)
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 def _plugin_versions() -> dict[str, str]:
