@@ -1,9 +1,10 @@
 """hosts/trust-install.sh and trust-remove.sh on this machine's own files, with names that nobody else has."""
 
+import fcntl
 import os
 import subprocess
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,16 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 HOSTS = Path("/etc/hosts")
 PEM = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----"
+
+
+def edit_hosts(change: Callable[[str], str]) -> None:
+    """Change the hosts file while no script does: other tests' stacks are in it, too."""
+    with HOSTS.open("r+") as hosts:
+        fcntl.flock(hosts, fcntl.LOCK_EX)
+        text = change(hosts.read())
+        hosts.seek(0)
+        hosts.truncate()
+        hosts.write(text)
 
 
 class Script:
@@ -44,7 +55,7 @@ def script() -> Iterator[Script]:
         for file in made.file.parent.iterdir():
             file.unlink()
         made.file.parent.rmdir()
-    HOSTS.write_text("".join(line for line in HOSTS.read_text().splitlines(keepends=True) if made.host not in line))
+    edit_hosts(lambda text: "".join(line for line in text.splitlines(keepends=True) if made.host not in line))
 
 
 def test_install_writes_the_authority_and_one_line(script: Script) -> None:
@@ -63,12 +74,11 @@ def test_another_authority_takes_the_place_of_the_first(script: Script) -> None:
 
 
 def test_remove_takes_both_away_and_can_run_again(script: Script) -> None:
-    before = HOSTS.read_text()
     script.run("install")
     for _ in range(2):
         assert script.run("remove").returncode == 0
     assert not script.file.parent.exists()
-    assert HOSTS.read_text() == before
+    assert script.lines() == []
 
 
 def test_a_foreign_authority_is_left_alone_by_both(script: Script) -> None:
@@ -92,8 +102,7 @@ def test_other_files_in_the_folder_are_left_alone(script: Script) -> None:
 
 
 def test_a_foreign_line_for_the_name_is_refused_and_kept(script: Script) -> None:
-    with HOSTS.open("a") as hosts:
-        hosts.write(f"10.1.2.3 {script.host}\n")
+    edit_hosts(lambda text: f"{text}10.1.2.3 {script.host}\n")
     refused = script.run("install", docker="no")
     assert refused.returncode == 3
     assert f"has {script.host} at 10.1.2.3 already" in refused.stderr
@@ -112,8 +121,7 @@ def test_another_stacks_authority_for_the_same_address_is_left_alone(script: Scr
 
 def test_a_hosts_file_without_an_end_to_its_last_line_keeps_that_line(script: Script) -> None:
     other = f"10.1.2.4 other-{script.host}"
-    before = HOSTS.read_text()
-    HOSTS.write_text(before + other)
+    edit_hosts(lambda text: text + other)
     script.run("install", docker="no")
     script.run("remove")
     assert other in HOSTS.read_text().splitlines()
