@@ -13,7 +13,7 @@ from pulumi_kubernetes.core.v1 import PodSpecArgsDict, VolumeArgsDict
 from pulumi_kubernetes.meta.v1 import ObjectMetaArgsDict
 
 from components.configuration import first_user, htpasswd, http_secret, registry_configuration
-from settings import Settings
+from settings import Ingress, Settings
 
 USER = 1000
 PORT = 5000
@@ -65,7 +65,7 @@ class RegistryWorkload(pulumi.ComponentResource):
         for namespace in self._kubernetes.pull_secret_namespaces:
             self._pull_secret(f"{name}-pull-{namespace}", namespace, "-pull", settings.address, first_user(users))
         if self._kubernetes.ingress is not None:
-            self._ingress(self._kubernetes.ingress.host, self._kubernetes.ingress)
+            self._ingress(self._kubernetes.ingress)
         if self._kubernetes.monitoring is not None:
             self._service_monitor()
             self._alerts(certificate_pem)
@@ -346,7 +346,7 @@ class RegistryWorkload(pulumi.ComponentResource):
             opts=self._child,
         )
 
-    def _ingress(self, host: str, settings: Any) -> None:
+    def _ingress(self, ingress: Ingress) -> None:
         annotations = {
             # The layers of an image are as large as they are, and the registry itself speaks TLS.
             "nginx.ingress.kubernetes.io/proxy-body-size": "0",
@@ -359,9 +359,9 @@ class RegistryWorkload(pulumi.ComponentResource):
             f"{self._name}-ingress",
             metadata=self._metadata(annotations=annotations),
             spec={
-                "ingress_class_name": settings.class_name,
-                "tls": [{"hosts": [host], "secret_name": settings.tls_secret}],
-                "rules": [{"host": host, "http": {"paths": [{"path": "/", "path_type": "Prefix", "backend": backend}]}}],
+                "ingress_class_name": ingress.class_name,
+                "tls": [{"hosts": [ingress.host], "secret_name": ingress.tls_secret}],
+                "rules": [{"host": ingress.host, "http": {"paths": [{"path": "/", "path_type": "Prefix", "backend": backend}]}}],
             },
             opts=self._child,
         )

@@ -84,12 +84,14 @@ class Stack:
         content["config"] = {**{f"private-registry:{key}": value for key, value in self.settings.items()}, **secret}
         self.file.write_text(yaml.safe_dump(content))
 
-    def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run a command with the stack's environment in its folder."""
+    def run(
+        self, *command: str, check: bool = True, folder: Path | None = None, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command with the stack's environment, in its folder unless another is given."""
         run = subprocess.run(
             command,
-            cwd=self.folder,
-            env=self.environment,
+            cwd=folder or self.folder,
+            env={**self.environment, **environment},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -135,18 +137,7 @@ class Stack:
 
     def ops(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run `python -m ops` in the project's own folder."""
-        run = subprocess.run(
-            [sys.executable, "-m", "ops", *arguments],
-            cwd=ROOT,
-            env={**self.environment, "COLUMNS": "200"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if check and run.returncode:
-            raise AssertionError(f"ops {' '.join(arguments)} exited {run.returncode}:\n{run.stdout}{run.stderr}")
-        return run
+        return self.run(sys.executable, "-m", "ops", *arguments, check=check, folder=ROOT, COLUMNS="200")
 
     def outputs(self) -> dict[str, Any]:
         shown = self.pulumi("stack", "output", "--json", "--show-secrets", "--stack", self.name).stdout
@@ -157,12 +148,12 @@ class Stack:
         state: dict[str, Any] = json.loads(self.pulumi("stack", "export", "--stack", self.name).stdout)
         return state
 
-    def client(self, *, authority: str | None = None, anonymous: bool = False) -> httpx.Client:
+    def client(self, *, anonymous: bool = False) -> httpx.Client:
         """An HTTP client that trusts the stack's authority alone, logged in as the stack's user."""
         outputs = self.outputs()
         return httpx.Client(
             base_url=f"https://{self.address}",
-            verify=ssl.create_default_context(cadata=authority or outputs["authorityCertificate"]),
+            verify=ssl.create_default_context(cadata=outputs["authorityCertificate"]),
             auth=None if anonymous else (outputs["username"], outputs["password"]),
             trust_env=False,
         )
