@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import shutil
 import socket
 import subprocess
 import time
@@ -15,7 +14,6 @@ from typing import Any
 import docker
 import httpx
 
-from lab.debian import install
 from lab.kubernetes import Cluster
 from tests.engine.stack import ROOT, Stack
 
@@ -148,52 +146,3 @@ def new_kubernetes_stack(folder: Path, cluster: Cluster, hub: Hub) -> Iterator[K
     finally:
         stack.remove()
         stack.remove_trust()
-
-
-class NodeSsh:
-    """An SSH server in each node of the cluster, as a user's nodes have one, with one key that may log in."""
-
-    def __init__(self, cluster: Cluster, folder: Path) -> None:
-        if shutil.which("sshd", path="/usr/sbin") is None:
-            install(("openssh-server",), folder / "apt.log")
-        self.key = folder / "client"
-        self._generate(self.key)
-        self._servers = []
-        self.nodes: list[dict[str, Any]] = []
-        for number in (1, 2):
-            host_key = folder / f"host{number}"
-            self._generate(host_key)
-            options = {
-                "HostKey": host_key,
-                "AuthorizedKeysFile": folder / "client.pub",
-                "StrictModes": "no",
-                "UsePAM": "no",
-                "PidFile": "none",
-                "ListenAddress": cluster.node_address(number),
-                "Port": 2222,
-            }
-            arguments = " ".join(f"-o{key}={value}" for key, value in options.items())
-            command = ["sh", "-c", f"mkdir -p /run/sshd && exec /usr/sbin/sshd -D -f /dev/null {arguments}"]
-            server = subprocess.Popen(cluster.node(number).inside(*command), stderr=subprocess.DEVNULL)
-            self._servers.append(server)
-            public = " ".join((folder / f"host{number}.pub").read_text().split()[:2])
-            self.nodes.append({"address": cluster.node_address(number), "port": 2222, "hostKey": public})
-        for node in self.nodes:
-            wait_for(lambda node=node: self._answers(node["address"]))  # type: ignore[misc]
-
-    @staticmethod
-    def _generate(file: Path) -> None:
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(file)], check=True)
-
-    @staticmethod
-    def _answers(address: str) -> bool:
-        try:
-            with socket.create_connection((address, 2222), timeout=1):
-                return True
-        except OSError:
-            return False
-
-    def close(self) -> None:
-        for server in self._servers:
-            server.kill()
-            server.wait()
