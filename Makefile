@@ -91,6 +91,7 @@ local: toolchain
 .PHONY: clean
 clean: rm  ## take the local stack down, and remove what make made; DELETE_IMAGES=yes removes the images too
 	@.venv/bin/python -m lab down kubernetes
+	@.venv/bin/python -m lab down ceph
 	@if [ "$(DELETE_IMAGES)" != yes ]; then \
 	  echo "kept: .lab, with the registry's images, and .local, with its keys; make clean DELETE_IMAGES=yes removes them"; \
 	elif ls .local/state/.pulumi/stacks/private-registry/*.json 2>/dev/null | grep -qv '/local\.json$$'; then \

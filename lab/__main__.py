@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from lab import dockerd, kubernetes
+from lab import ceph, dockerd, kubernetes
 from lab.debian import LabError
 from toolchain.programs import ToolchainError
 
@@ -21,6 +21,7 @@ class Server(StrEnum):
 
     DOCKER = "docker"
     KUBERNETES = "kubernetes"
+    CEPH = "ceph"
 
 
 Which = Annotated[Server, typer.Argument(help="Which of the lab's servers.")]
@@ -40,8 +41,11 @@ def up(
     server: Which = Server.DOCKER,
     nodes: Annotated[int, typer.Option(help="How many nodes the Kubernetes cluster has.")] = 1,
 ) -> None:
-    """Make sure that a Docker daemon answers and has the registry's base image, or that a Kubernetes cluster does."""
+    """Make sure that a Docker daemon answers and has the registry's base image, or that Kubernetes or Ceph does."""
     with _reported():
+        if server is Server.CEPH:
+            console.print(f"ceph: {ceph.up()}")
+            return
         if server is Server.KUBERNETES:
             console.print(f"kubernetes: {kubernetes.up(nodes)}")
             return
@@ -60,9 +64,11 @@ def prepare() -> None:
 
 @app.command()
 def down(server: Which = Server.DOCKER) -> None:
-    """End the project's own Docker daemon, whose images and volumes stay; or its Kubernetes, of which nothing stays."""
+    """End the project's own Docker daemon, whose images and volumes stay; or its Kubernetes or Ceph: nothing of it stays."""
     with _reported():
-        if server is Server.KUBERNETES:
+        if server is Server.CEPH:
+            console.print("ceph: ended" if ceph.down() else "ceph: there is none")
+        elif server is Server.KUBERNETES:
             console.print("kubernetes: ended" if kubernetes.down() else "kubernetes: there is none")
         else:
             console.print("docker: ended" if dockerd.stop() else "docker: none of the project's own runs")
@@ -75,14 +81,22 @@ def status() -> None:
     if not (processes := kubernetes.status()):
         console.print("kubernetes: there is none")
     for process in processes:
-        state = f"process {process.pid}, {process.megabytes} MB" if process.pid else "[red]ended[/red]"
-        console.print(f"kubernetes: {process.box} {process.name}: {state}")
+        console.print(f"kubernetes: {process.box} {process.name}: {_state(process)}")
+    if not (servers := ceph.status()):
+        console.print("ceph: there is none")
+    for process_of_ceph in servers:
+        console.print(f"ceph: {process_of_ceph.name}: {_state(process_of_ceph)}")
+
+
+def _state(process: kubernetes.Status | ceph.Status) -> str:
+    return f"process {process.pid}, {process.megabytes} MB" if process.pid else "[red]ended[/red]"
 
 
 @app.command()
 def address(server: Which = Server.DOCKER) -> None:
-    """Print the address of the Docker daemon that answers, or the path of the cluster's kubeconfig; or nothing."""
-    found = kubernetes.address() if server is Server.KUBERNETES else dockerd.address()
+    """Print the address of the Docker daemon that answers, or the path of the kubeconfig or the ceph.conf; or nothing."""
+    addresses = {Server.DOCKER: dockerd.address, Server.KUBERNETES: kubernetes.address, Server.CEPH: ceph.address}
+    found = addresses[server]()
     if found:
         typer.echo(found)
 

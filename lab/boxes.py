@@ -7,6 +7,7 @@ mounts and network, with whatever iptables rules it had, are gone with the last 
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import time
@@ -70,7 +71,9 @@ class Recorded:
             state, *fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
         except (OSError, ValueError):
             return None
-        return pid if state != "Z" and int(fields[18]) == started else None
+        # A first thread that has ended says nothing while others still hold the process's ports and files.
+        is_there = state != "Z" or int(fields[16]) > 1
+        return pid if is_there and int(fields[18]) == started else None
 
     @property
     def child(self) -> int | None:
@@ -226,6 +229,15 @@ def run(command: list[str]) -> str:
     if run.returncode:
         raise LabError(f"{' '.join(command)}: {run.stderr.strip() or run.returncode}")
     return run.stdout
+
+
+def megabytes(pid: int | None) -> int:
+    """Return the memory of a process; 0 where it does not run or is about to end."""
+    try:
+        found = re.search(r"^VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    except OSError:
+        return 0
+    return int(found[1]) // 1024 if found else 0
 
 
 def last_lines(log: Path) -> str:

@@ -32,7 +32,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from lab.archive import write_image
 from lab.authority import Authority
-from lab.boxes import CGROUPS, ENVIRONMENT, Box, Recorded, run, wait
+from lab.boxes import CGROUPS, ENVIRONMENT, Box, megabytes, run, wait
 from lab.debian import LabError, can_install, install
 from toolchain.programs import KUBERNETES, ROOT, build
 
@@ -186,7 +186,7 @@ class Cluster:
     def status(self) -> list[Status]:
         """Return the processes of the cluster; none where there is no cluster."""
         found = [(box, recorded) for box in self._boxes() for recorded in box.programs()]
-        return [Status(box.name, recorded.file.name, recorded.child, _megabytes(recorded)) for box, recorded in found]
+        return [Status(box.name, recorded.file.name, recorded.child, megabytes(recorded.child)) for box, recorded in found]
 
     def load_image(self, docker_host: str, reference: str) -> None:
         """Copy an image from a Docker daemon to every node, where pods find it under the same reference.
@@ -488,14 +488,6 @@ def _progress() -> Progress:
 def _has_link(box: Box, name: str) -> bool:
     command = box.inside("ip", "link", "show", name)
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, check=False).returncode == 0
-
-
-def _megabytes(recorded: Recorded) -> int:
-    try:
-        text = Path(f"/proc/{recorded.child}/status").read_text()
-    except OSError:
-        return 0
-    return int(text.partition("VmRSS:")[2].split()[0]) // 1024
 
 
 def _answers(api: httpx.Client, path: str = "/readyz") -> bool:
