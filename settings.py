@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeGuard, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.alias_generators import to_camel
@@ -37,6 +37,9 @@ LOGIN_NAME = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
 # RSA is left out: with an RSA host key the SSH library of the official command plugin fails against today's servers.
 HOST_KEY = re.compile(r"(ssh-ed25519|ecdsa-sha2-nistp(256|384|521)) [A-Za-z0-9+/]+={0,2}")
 USER_NAME = re.compile(r"[A-Za-z0-9._@-]{1,64}")
+# Narrower than what Ceph takes: nothing that a shell, a path or `rbd` reads as anything else.
+CEPH_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}")
+CEPH_KEY = re.compile(r"[A-Za-z0-9+/]{38,}={0,2}")
 LONGEST_PASSWORD = 72  # bytes: bcrypt ignores what comes after them
 SHORTEST_PASSWORD = 8
 
@@ -73,6 +76,13 @@ def _is_endpoint(text: str) -> bool:
     host, _, port = text.rpartition(":") if ":" in text else (text, "", "443")
     # Docker takes a bare word for a repository of Docker Hub.
     is_host = _is_address(host) or (_is_hostname(host) and ("." in host or ":" in text or host == "localhost"))
+    return is_host and port.isdigit() and 1 <= int(port) <= 65535
+
+
+def _is_monitor(text: str) -> bool:
+    host, _, port = text.rpartition(":")
+    in_brackets = host.startswith("[") and host.endswith("]") and ":" in host
+    is_host = (_is_address(host[1:-1]) if in_brackets else _is_address(host) and ":" not in host) or _is_hostname(host)
     return is_host and port.isdigit() and 1 <= int(port) <= 65535
 
 
@@ -174,6 +184,45 @@ ReadySeconds = Annotated[
 ]
 SizeGiB = Annotated[
     int, _rule(lambda size: 1 <= size <= 1 << 20, "must be a number of GiB from 1 to 1048576", "write one such as 1000")
+]
+SizeMiB = Annotated[
+    int,
+    _rule(
+        lambda size: 64 <= size <= 1 << 30,
+        "must be a number of MiB from 64 to 1073741824",
+        "write one such as 1024000, which is 1000 GiB",
+    ),
+]
+TrashDays = Annotated[
+    int, _rule(lambda days: 1 <= days <= 3650, "must be a number of days from 1 to 3650", "write one such as 30")
+]
+Monitor = Annotated[
+    str,
+    _rule(_is_monitor, "must be a monitor's address and port", "write one such as 10.149.149.2:6789, or [2001:db8::2]:6789"),
+]
+Monitors = Annotated[
+    tuple[Monitor, ...],
+    _rule(
+        lambda monitors: len(monitors) > 0 and len(set(monitors)) == len(monitors),
+        "must list one monitor or more, each once",
+        "write all of the Ceph cluster's, such as [10.149.149.2:6789, 10.149.149.3:6789, 10.149.149.4:6789]",
+    ),
+]
+CephName = Annotated[
+    str,
+    _rule(
+        lambda text: bool(CEPH_NAME.fullmatch(text)),
+        "must be 1 to 96 letters, digits, dots, dashes or underscores, beginning with a letter or a digit",
+        "write one such as registry",
+    ),
+]
+CephUser = Annotated[
+    str,
+    _rule(
+        lambda text: bool(CEPH_NAME.fullmatch(text)) and text != "admin" and not text.startswith("client."),
+        'must be a Ceph user without "client.", and not admin, who may do everything',
+        "write one such as registry",
+    ),
 ]
 Host = Annotated[
     str,
@@ -307,7 +356,11 @@ class Kubernetes(_Section):
     node_port: NodePort = Field(32500, description="port of each node on which the registry is reached")
     cpu: Cpu = Field("4", description="CPUs of the pod, requested and at most")
     memory: Memory = Field("10Gi", description="memory of the pod, requested and at most")
-    toleration_seconds: Seconds = Field(30, description="seconds after which the pod leaves a node that does not answer")
+    toleration_seconds: Seconds | None = Field(
+        None,
+        description="seconds after which the pod leaves a node that does not answer; if left out 0 with storage.rbd, where the "
+        "lock of the image keeps the old node out, else 30",
+    )
     ready_timeout_seconds: ReadySeconds = Field(300, description="seconds that `pulumi up` waits for the pod to be ready")
     node_selector: dict[str, str] = Field({}, description="labels that the pod's node must have")
     affinity: dict[str, Any] = Field({}, description="the pod's affinity, as Kubernetes has it")
@@ -333,22 +386,90 @@ class Claim(_Section):
         return self
 
 
+class CephHost(SshHost):
+    """A machine with `rbd`, `ceph`, Python 3 and an admin's key in /etc/ceph."""
+
+    jump: SshHost | None = Field(None, description="machine to reach it through")
+
+
+class Csi(_Section):
+    """What ceph-csi needs to know beyond the image."""
+
+    cluster_id: CephName = Field(description="the cluster's clusterID in the driver's own configuration")
+    driver: DnsSubdomain = Field("rbd.csi.ceph.com", description="name of the driver; rook-ceph.rbd.csi.ceph.com with Rook")
+
+
+class Rbd(_Section):
+    """The Ceph RBD image that holds all images of the registry, made on a Ceph host and mounted in the pod."""
+
+    monitors: Monitors = Field(description="the Ceph cluster's monitors, with their ports of messenger 1")
+    pool: CephName = Field("rbd", description="pool of the image; it has to exist")
+    image: CephName = Field("registry", description="name of the image")
+    size_mib: SizeMiB = Field(1024000, alias="sizeMiB", description="size of the image in MiB; a larger one grows it in use")
+    user: CephUser = Field(
+        "registry", description="Ceph user that nodes mount it as; made with least rights, unless the secret cephKey is its key"
+    )
+    host: CephHost | None = Field(None, description="the Ceph host; the machine that runs Pulumi if left out")
+    driver: Literal["auto", "in-tree", "csi"] = Field(
+        "auto",
+        description="what mounts it: in-tree up to Kubernetes 1.30, csi (ceph-csi) from 1.31 on; auto asks the cluster",
+    )
+    csi: Csi | None = Field(None, description="what ceph-csi needs to know")
+    mount: Literal["claim", "inline"] = Field(
+        "claim", description="claim: a PersistentVolume, whose filesystem grows by itself; inline: in the pod, in-tree only"
+    )
+    format: Literal["mount", "host"] = Field(
+        "mount", description="mount: the node that first mounts it formats it; host: the Ceph host does, which has to map it"
+    )
+    adopt: bool = Field(False, description="true: take over an image that exists and is no stack's, with what it holds")
+
+    @model_validator(mode="after")
+    def _driver_has_what_it_needs(self) -> Self:
+        if self.driver == "csi" and self.csi is None:
+            raise PydanticCustomError("rule", "driver: csi must come with csi.clusterId; write it", {})
+        if self.driver == "in-tree" and self.csi is not None:
+            raise PydanticCustomError("rule", "driver: in-tree contradicts csi; leave one of them out", {})
+        if self.mount == "inline" and (self.driver == "csi" or self.csi is not None):
+            raise PydanticCustomError("rule", "mount: inline is of the in-tree driver only; leave mount or csi out", {})
+        return self
+
+
 class Storage(_Section):
     """Where the images are kept."""
 
     volume: DockerName = Field("registry", description="name of the Docker volume with all images")
     claim: Claim = Field(Claim(), description="the claim that holds all images in a cluster")
-    on_destroy: Literal["keep", "delete"] = Field(
-        "keep", description="what `pulumi destroy` does with the volume or the claim: keep it, or delete it with all images"
+    rbd: Rbd | None = Field(None, description="a Ceph RBD image that holds all images in a cluster, in place of a claim")
+    on_destroy: Literal["keep", "trash", "delete"] = Field(
+        "keep",
+        description="what `pulumi destroy` does with the volume, claim or RBD image: keep it, delete it with all images, or "
+        "(RBD only) move it to the trash, from which it can be restored",
     )
+    trash_days: TrashDays = Field(30, description="days that an RBD image stays in the trash before it may be purged")
     protect: bool = Field(False, description="true: Pulumi refuses every change that would delete the volume")
 
     @model_validator(mode="after")
     def _protected_data_is_kept(self) -> Self:
-        if self.protect and self.on_destroy == "delete":
+        if self.protect and self.on_destroy != "keep":
             raise PydanticCustomError(
-                "rule", "protect: true and onDestroy: delete contradict each other; leave one of them out", {}
+                "rule",
+                "protect: true and onDestroy: {policy} contradict each other; leave one of them out",
+                {"policy": self.on_destroy},
             )
+        return self
+
+    @model_validator(mode="after")
+    def _only_an_rbd_image_has_a_trash(self) -> Self:
+        if self.rbd is None and self.on_destroy == "trash":
+            raise PydanticCustomError("rule", "onDestroy: trash must come with rbd; write keep or delete", {})
+        if self.on_destroy != "trash" and "trash_days" in self.model_fields_set:
+            raise PydanticCustomError("rule", "trashDays must come with onDestroy: trash; leave it out", {})
+        return self
+
+    @model_validator(mode="after")
+    def _images_are_in_one_place(self) -> Self:
+        if self.rbd is not None and "claim" in self.model_fields_set:
+            raise PydanticCustomError("rule", "rbd contradicts claim; leave one of them out", {})
         return self
 
 
@@ -380,12 +501,20 @@ class Settings(_Section):
         port = self.container.port if self.target == "docker" else self.kubernetes.node_port
         return f"{self.hostname}:{port}"
 
+    @property
+    def toleration_seconds(self) -> int:
+        """Seconds after which the pod leaves a node that does not answer."""
+        if self.kubernetes.toleration_seconds is not None:
+            return self.kubernetes.toleration_seconds
+        return 30 if self.storage.rbd is None else 0
+
 
 SECRETS: Mapping[str, str] = {
     "users": "user names and passwords; without them there is one user, admin, whose password is generated",
     "providedCertificate": "PEM texts certificate (with its chain), privateKey and authority, for certificate.mode: provided",
     "pushCredentials": "username and password for image.pushTo",
-    "sshPrivateKey": "private key in PEM or OpenSSH form for image.nodes",
+    "sshPrivateKey": "private key in PEM or OpenSSH form for image.nodes and storage.rbd.host",
+    "cephKey": "key of the Ceph user storage.rbd.user, where the stack is not to make that user",
 }
 _TYPE_RULES = {
     "missing": ("must be there", "write it"),
@@ -502,6 +631,21 @@ def _parsed(text: str) -> Any:
         return text
 
 
+def _section_at(path: list[str | int]) -> type[BaseModel]:
+    """Return the section that a path of keys leads to; steps into a list are numbers."""
+    section: type[BaseModel] = Settings
+    for step in path:
+        if isinstance(step, str):
+            fields = {field.alias or name: field for name, field in section.model_fields.items()}
+            annotation = fields[step].annotation
+            section = next(kind for kind in (annotation, *get_args(annotation)) if _is_section(kind))
+    return section
+
+
+def _is_section(kind: Any) -> TypeGuard[type[BaseModel]]:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
 def _sentence(detail: Any) -> str:
     """Put one of pydantic's faults as value, rule and mend."""
     *path, last = detail["loc"]
@@ -511,11 +655,10 @@ def _sentence(detail: Any) -> str:
     value = value if len(value) <= 80 else value[:77] + "..."
     kind = detail["type"]
     if kind == "extra_forbidden":
-        section = Settings.model_fields[path[0]].annotation
-        assert isinstance(section, type)
-        assert issubclass(section, BaseModel)
+        section = _section_at(path)
         names = ", ".join(field.alias or name for name, field in section.model_fields.items())
-        return f"{key} is not a setting: {path[0]} has {names}; correct or remove {last}"
+        owner = next(step for step in reversed(path) if isinstance(step, str))
+        return f"{key} is not a setting: {owner} has {names}; correct or remove {last}"
     if kind == "literal_error":
         return f"{key} is {value}: it must be {detail['ctx']['expected']}; write one of them"
     if kind == "rule" and isinstance(detail["input"], dict):
@@ -537,6 +680,7 @@ def _of_the_other_target(settings: Settings, sections: Mapping[str, Any]) -> lis
         given = ["kubernetes"] if "kubernetes" in sections else []
         given += ["image.nodes"] if settings.image.nodes else []
         given += ["storage.claim"] if says("storage", "claim") else []
+        given += ["storage.rbd"] if says("storage", "rbd") else []
         mend = "set target: kubernetes, or remove it"
     else:
         given = ["container"] if "container" in sections else []
@@ -574,11 +718,6 @@ def _image_contradictions(settings: Settings, secrets: Mapping[str, Any], faulty
         )
     if target and settings.image.nodes:
         faults.append(f"{PROJECT}:image.nodes is set: it must not come with image.pushTo; leave one of them out")
-    if "image" not in faulty and bool(settings.image.nodes) != ("sshPrivateKey" in secrets):
-        faults.append(
-            f"{PROJECT}:sshPrivateKey must be set exactly where image.nodes is; set it with "
-            f"`pulumi config set --secret {PROJECT}:sshPrivateKey <FILE`, or remove it"
-        )
     if "image" not in faulty and "pushCredentials" in secrets and target is None:
         faults.append(f"{PROJECT}:pushCredentials is set: it must come with image.pushTo; set pushTo, or remove it")
     return faults
@@ -587,6 +726,15 @@ def _image_contradictions(settings: Settings, secrets: Mapping[str, Any], faulty
 def _contradictions(settings: Settings, secrets: Mapping[str, Any], faulty: set[str]) -> list[str]:
     """Return what does not go together. Sections that are faulty by themselves have their defaults here and are left out."""
     faults = _image_contradictions(settings, secrets, faulty)
+    rbd = settings.storage.rbd
+    with_hosts = bool(settings.image.nodes) or (rbd is not None and rbd.host is not None)
+    if not faulty & {"image", "storage"} and with_hosts != ("sshPrivateKey" in secrets):
+        faults.append(
+            f"{PROJECT}:sshPrivateKey must be set exactly where image.nodes or storage.rbd.host is; set it with "
+            f"`pulumi config set --secret {PROJECT}:sshPrivateKey <FILE`, or remove it"
+        )
+    if "storage" not in faulty and "cephKey" in secrets and rbd is None:
+        faults.append(f"{PROJECT}:cephKey is set: it must come with storage.rbd; write storage.rbd, or remove it")
     made = f"{settings.kubernetes.name}-images"
     if not faulty & {"storage", "kubernetes"} and settings.storage.claim.existing == made:
         faults.append(
@@ -620,6 +768,11 @@ def _secret_faults(settings: Settings, secrets: Mapping[str, Any]) -> list[str]:
     if "sshPrivateKey" in secrets and not _is_ssh_key(str(secrets["sshPrivateKey"])):
         faults.append(
             f"{PROJECT}:sshPrivateKey cannot be read: it must be a private key without a passphrase; set the file's whole text"
+        )
+    if "cephKey" in secrets and not CEPH_KEY.fullmatch(str(secrets["cephKey"])):
+        faults.append(
+            f"{PROJECT}:cephKey cannot be read: it must be a Ceph user's key alone, without the end of a line; set what `ceph auth "
+            "print-key client.NAME` prints"
         )
     if "users" in secrets:
         faults += _user_faults(secrets["users"])
