@@ -8,9 +8,15 @@ from components.configuration import first_user, registry_users
 from components.image import RegistryImage
 
 config = pulumi.Config()
+driver = ceph_key = None
+# Each target's SDK is imported only where it is used: importing one takes longer than all else that the program does.
 try:
     stack = settings.of_stack()
-except settings.SettingsError as error:
+    if stack.storage.rbd is not None:
+        from components.cluster import rbd_driver
+
+        driver = rbd_driver(stack.storage.rbd)
+except ValueError as error:
     raise pulumi.RunError(str(error)) from None
 
 push_credentials = config.get_secret_object("pushCredentials")
@@ -19,7 +25,6 @@ certificate = RegistryCertificate("certificate", stack.certificate, hostname=sta
 ssh_private_key = config.get_secret("sshPrivateKey")
 image = RegistryImage("image", stack.image, credentials=push_credentials, ssh_private_key=ssh_private_key)
 users = registry_users(config.get_secret_object("users"), certificate.private_key_pem)
-# Each target's SDK is imported only where it is used: importing one takes longer than all else that the program does.
 if stack.target == "docker":
     from components.container import RegistryContainer
 
@@ -34,6 +39,11 @@ if stack.target == "docker":
 else:
     from components.workload import RegistryWorkload
 
+    if stack.storage.rbd is not None:
+        from components.volume import RbdVolume
+
+        given = config.get_secret("cephKey")
+        ceph_key = RbdVolume("volume", stack.storage, ssh_private_key=ssh_private_key, ceph_key=given).key
     RegistryWorkload(
         "registry",
         stack,
@@ -42,6 +52,8 @@ else:
         private_key_pem=certificate.private_key_pem,
         users=users,
         pull_credentials=push_credentials,
+        ceph_key=ceph_key,
+        driver=driver,
     )
     pulumi.export("workload", {"namespace": stack.kubernetes.namespace, "name": stack.kubernetes.name})
 if stack.trust.docker or stack.trust.hosts_file:

@@ -9,11 +9,12 @@ from typing import Any
 
 import pulumi
 import pulumi_kubernetes as kubernetes
-from pulumi_kubernetes.core.v1 import PodSpecArgsDict, VolumeArgsDict
+from pulumi_kubernetes.core.v1 import PodSpecArgsDict, RBDVolumeSourceArgsDict, VolumeArgsDict
 from pulumi_kubernetes.meta.v1 import ObjectMetaArgsDict
 
+from components.cluster import Driver
 from components.configuration import first_user, htpasswd, http_secret, registry_configuration
-from settings import Ingress, Settings
+from settings import Ingress, Rbd, Settings
 
 USER = 1000
 PORT = 5000
@@ -40,6 +41,8 @@ class RegistryWorkload(pulumi.ComponentResource):
         private_key_pem: pulumi.Input[str],
         users: pulumi.Output[dict[str, str]],
         pull_credentials: pulumi.Output[dict[str, str]] | None = None,
+        ceph_key: pulumi.Output[str] | None = None,
+        driver: Driver | None = None,
         opts: pulumi.ResourceOptions | None = None,
     ) -> None:
         super().__init__("private-registry:index:RegistryWorkload", name, None, opts)
@@ -57,9 +60,10 @@ class RegistryWorkload(pulumi.ComponentResource):
             pull_secret = self._pull_secret(
                 f"{name}-own-pull", self._kubernetes.namespace, "-own-pull", settings.image.push_to, pull_credentials
             )
-        pod = self._pod(self._claim(), with_pull_secret=pull_secret is not None)
+        pod = self._pod(with_pull_secret=pull_secret is not None)
         pulled = self._pulled_image(image, pod)
-        self._controller(image, pod, after=[files, configuration, pulled], read=[files.data, configuration.data])
+        images = self._images(ceph_key, driver)
+        self._controller(image, pod, images, after=[files, configuration, pulled], read=[files.data, configuration.data])
         self._service()
         self._network_policy()
         for namespace in self._kubernetes.pull_secret_namespaces:
@@ -68,7 +72,7 @@ class RegistryWorkload(pulumi.ComponentResource):
             self._ingress(self._kubernetes.ingress)
         if self._kubernetes.monitoring is not None:
             self._service_monitor()
-            self._alerts(certificate_pem)
+            self._alerts(certificate_pem, images)
         self.register_outputs({})
 
     def _metadata(
@@ -107,6 +111,104 @@ class RegistryWorkload(pulumi.ComponentResource):
         return kubernetes.core.v1.ConfigMap(
             f"{self._name}-configuration", metadata=self._metadata(), data={"config.yml": text}, opts=self._child
         )
+
+    def _images(self, ceph_key: pulumi.Output[str] | None, driver: Driver | None) -> VolumeArgsDict:
+        """Return the pod's volume with the images."""
+        rbd = self._settings.storage.rbd
+        if rbd is None:
+            return {"name": "images", "persistent_volume_claim": {"claim_name": self._claim()}}
+        assert ceph_key is not None
+        secret = self._ceph_secret(rbd, ceph_key, driver)
+        if rbd.mount == "inline":
+            return {"name": "images", "rbd": self._in_tree(rbd, {"name": secret.metadata.name})}
+        return {"name": "images", "persistent_volume_claim": {"claim_name": self._rbd_claim(rbd, secret, driver)}}
+
+    def _ceph_secret(self, rbd: Rbd, key: pulumi.Output[str], driver: Driver | None) -> kubernetes.core.v1.Secret:
+        """The Ceph user's key, as each driver reads it."""
+        encoded = key.apply(_base64)
+        in_tree = driver == "in-tree"  # it takes any entry for the key: there may be one only
+        data = {"key": encoded} if in_tree else {"userID": _base64(rbd.user), "userKey": encoded}
+        return kubernetes.core.v1.Secret(
+            f"{self._name}-ceph",
+            metadata=self._metadata("-ceph"),
+            type="kubernetes.io/rbd" if in_tree else "Opaque",
+            data=data,
+            opts=self._child,
+        )
+
+    @staticmethod
+    def _in_tree(rbd: Rbd, secret: Any) -> RBDVolumeSourceArgsDict:
+        return {
+            "monitors": list(rbd.monitors),
+            "pool": rbd.pool,
+            "image": rbd.image,
+            "user": rbd.user,
+            "secret_ref": secret,
+            "fs_type": "ext4",
+        }
+
+    def _rbd_claim(self, rbd: Rbd, secret: kubernetes.core.v1.Secret, driver: Driver | None) -> pulumi.Output[str]:
+        """Make the volume of an RBD image and its claim, and return the claim's name.
+
+        Both have names of the provider's choice: of another source, such as other monitors, there are a new volume and a new
+        claim before the old ones go. They are only pointers; the image is not theirs, and outlives them.
+        """
+        reference = {"name": secret.metadata.name, "namespace": self._kubernetes.namespace}
+        # A class that no other claim asks for, so that none takes the volume; no object of that name is needed.
+        class_name = f"{self._kubernetes.namespace}-{self._kubernetes.name}-rbd"
+        source: Any
+        if driver == "in-tree":
+            source = {"rbd": self._in_tree(rbd, reference)}
+        else:
+            assert rbd.csi is not None
+            # https://github.com/ceph/ceph-csi/blob/devel/docs/static-pvc.md
+            attributes = {
+                "clusterID": rbd.csi.cluster_id,
+                "pool": rbd.pool,
+                "staticVolume": "true",
+                "imageFeatures": "layering,exclusive-lock",
+            }
+            source = {
+                "csi": {
+                    "driver": rbd.csi.driver,
+                    "volume_handle": rbd.image,
+                    "fs_type": "ext4",
+                    "node_stage_secret_ref": reference,
+                    "volume_attributes": attributes,
+                }
+            }
+        metadata = self._metadata("-images")
+        del metadata["name"]
+        persistent = kubernetes.core.v1.PersistentVolume(
+            f"{self._name}-rbd",
+            # Bound is what counts, and the controller is waited for.
+            metadata={"labels": metadata["labels"], "annotations": {"pulumi.com/skipAwait": "true"}},
+            spec={
+                # The kubelet grows the mounted filesystem to this, in use.
+                "capacity": {"storage": f"{rbd.size_mib}Mi"},
+                # With ReadWriteOnce alone the attach controller would never let another node have it after a node's death.
+                # What keeps a second writer out is the image: its watch and its exclusive lock.
+                "access_modes": ["ReadWriteOnce", "ReadOnlyMany"],
+                "persistent_volume_reclaim_policy": "Retain",
+                "storage_class_name": class_name,
+                **source,
+            },
+            opts=self._child,
+        )
+        claim = kubernetes.core.v1.PersistentVolumeClaim(
+            f"{self._name}-rbd",
+            metadata={**metadata, "annotations": {"pulumi.com/skipAwait": "true"}},
+            spec={
+                "access_modes": ["ReadWriteOnce"],
+                "storage_class_name": class_name,
+                "volume_name": persistent.metadata.name,
+                "resources": {"requests": {"storage": f"{rbd.size_mib}Mi"}},
+            },
+            # What a claim asks for cannot change without a class that allows it: growth is the volume's alone.
+            opts=pulumi.ResourceOptions(parent=self, ignore_changes=["spec.resources"]),
+        )
+        name: pulumi.Output[str] = claim.metadata.name
+        return name
 
     def _claim(self) -> str:
         """Return the name of the claim that holds the images, made here unless it exists."""
@@ -158,12 +260,12 @@ class RegistryWorkload(pulumi.ComponentResource):
             opts=self._child,
         )
 
-    def _pod(self, claim: str, *, with_pull_secret: bool) -> PodSpecArgsDict:
-        """The pod without its image: what it is made of is plain data, so that a change of any of it can be seen."""
+    def _pod(self, *, with_pull_secret: bool) -> PodSpecArgsDict:
+        """The pod without its image and its images' volume: it is plain data, so that a change of any of it can be seen."""
         own = self._kubernetes.name
         resources = {"cpu": self._kubernetes.cpu, "memory": self._kubernetes.memory}
         # Short is safe where another writer is fenced; the default of five minutes is five minutes of no service.
-        seconds = self._kubernetes.toleration_seconds
+        seconds = self._settings.toleration_seconds
         pod: PodSpecArgsDict = {
             "containers": [
                 {
@@ -196,7 +298,6 @@ class RegistryWorkload(pulumi.ComponentResource):
                 }
             ],
             "volumes": [
-                {"name": "images", "persistent_volume_claim": {"claim_name": claim}},
                 self._secret_volume("certificate", "domain.crt", "domain.key"),
                 self._secret_volume("users", *([] if self._settings.access.anonymous else ["htpasswd"])),
                 {"name": "configuration", "config_map": {"name": own}},
@@ -289,16 +390,23 @@ class RegistryWorkload(pulumi.ComponentResource):
         return {"pulumi.com/timeoutSeconds": str(self._kubernetes.ready_timeout_seconds)}
 
     def _controller(
-        self, image: pulumi.Input[str], pod: PodSpecArgsDict, *, after: list[pulumi.Resource], read: list[pulumi.Output[Any]]
+        self,
+        image: pulumi.Input[str],
+        pod: PodSpecArgsDict,
+        images: VolumeArgsDict,
+        *,
+        after: list[pulumi.Resource],
+        read: list[pulumi.Output[Any]],
     ) -> None:
-        # Written out before the image is put in: the trigger takes plain text.
+        # Written out before the image and the volume are put in: the trigger takes plain text.
         template = json.dumps([self._labels, pod], sort_keys=True)
         pod["containers"][0]["image"] = image
+        pod["volumes"] = [images, *pod["volumes"]]
         # The built-in wait ends after a fixed ten minutes, and does not listen to the timeout.
         wait = {"pulumi.com/waitFor": "jsonpath={.status.readyReplicas}=1", **self._deadline()}
         # What others changed, such as the number of replicas, is put back and not fought over.
         wait["pulumi.com/patchForce"] = "true"
-        trigger = pulumi.Output.all(image, template, *read).apply(
+        trigger = pulumi.Output.all(image, template, images, *read).apply(
             lambda parts: hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
         )
         metadata = self._metadata(annotations=wait)
@@ -385,12 +493,9 @@ class RegistryWorkload(pulumi.ComponentResource):
             opts=self._child,
         )
 
-    def _alerts(self, certificate_pem: pulumi.Input[str]) -> None:
+    def _alerts(self, certificate_pem: pulumi.Input[str], images: VolumeArgsDict) -> None:
         """Alerts on what ends badly in silence: the certificate's end, a full volume, and no pod that is ready."""
         own, namespace = self._kubernetes.name, self._kubernetes.namespace
-        claim = self._settings.storage.claim.existing or f"{own}-images"
-        volume = f'{{namespace="{namespace}",persistentvolumeclaim="{claim}"}}'
-        used = f"kubelet_volume_stats_used_bytes{volume} / kubelet_volume_stats_capacity_bytes{volume}"
         rules: list[dict[str, Any]] = [
             _alert(
                 "RegistryCertificateExpires",
@@ -401,18 +506,21 @@ class RegistryWorkload(pulumi.ComponentResource):
                 f"The registry's certificate ends in less than {EXPIRY_ALERT_DAYS} days: run pulumi up",
             ),
             _alert(
-                "RegistryVolumeFills",
-                f"{used} > {FULL_ALERT_PERCENT / 100}",
-                "15m",
-                f"The registry's volume is more than {FULL_ALERT_PERCENT} % full: grow it or collect garbage",
-            ),
-            _alert(
                 "RegistryNotReady",
                 f'kube_replicationcontroller_status_ready_replicas{{namespace="{namespace}",replicationcontroller="{own}"}} < 1',
                 "5m",
                 "The registry has had no ready pod for five minutes: run python -m ops verify",
             ),
         ]
+        if "persistent_volume_claim" in images:  # the kubelet measures no others
+            claim = images["persistent_volume_claim"]["claim_name"]
+            volume = pulumi.Output.concat(f'{{namespace="{namespace}",persistentvolumeclaim="', claim, '"}')
+            full = pulumi.Output.concat(
+                *("kubelet_volume_stats_used_bytes", volume, " / kubelet_volume_stats_capacity_bytes", volume),
+                f" > {FULL_ALERT_PERCENT / 100}",
+            )
+            summary = f"The registry's volume is more than {FULL_ALERT_PERCENT} % full: grow it or collect garbage"
+            rules.append(_alert("RegistryVolumeFills", full, "15m", summary))
         kubernetes.apiextensions.CustomResource(
             f"{self._name}-alerts",
             api_version="monitoring.coreos.com/v1",
