@@ -25,17 +25,11 @@ certificate = RegistryCertificate("certificate", stack.certificate, hostname=sta
 ssh_private_key = config.get_secret("sshPrivateKey")
 image = RegistryImage("image", stack.image, credentials=push_credentials, ssh_private_key=ssh_private_key)
 users = registry_users(config.get_secret_object("users"), certificate.private_key_pem)
+pair = {"certificate_pem": certificate.certificate_pem, "private_key_pem": certificate.private_key_pem}
 if stack.target == "docker":
     from components.container import RegistryContainer
 
-    RegistryContainer(
-        "registry",
-        stack,
-        image=image.reference,
-        certificate_pem=certificate.certificate_pem,
-        private_key_pem=certificate.private_key_pem,
-        users=users,
-    )
+    RegistryContainer("registry", stack, image=image.reference, users=users, **pair)
 else:
     from components.workload import RegistryWorkload
 
@@ -44,17 +38,9 @@ else:
 
         given = config.get_secret("cephKey")
         ceph_key = RbdVolume("volume", stack.storage, ssh_private_key=ssh_private_key, ceph_key=given).key
-    RegistryWorkload(
-        "registry",
-        stack,
-        image=image.reference,
-        certificate_pem=certificate.certificate_pem,
-        private_key_pem=certificate.private_key_pem,
-        users=users,
-        pull_credentials=push_credentials,
-        ceph_key=ceph_key,
-        driver=driver,
-    )
+        pulumi.export("volume", f"{stack.storage.rbd.pool}/{stack.storage.rbd.image}")
+    inputs = {"pull_credentials": push_credentials, "ceph_key": ceph_key, "driver": driver}
+    RegistryWorkload("registry", stack, image=image.reference, users=users, **pair, **inputs)
     pulumi.export("workload", {"namespace": stack.kubernetes.namespace, "name": stack.kubernetes.name})
 if stack.trust.docker or stack.trust.hosts_file:
     from components.trust import ClientTrust

@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pulumi
 import pulumi_command as command
@@ -110,7 +111,7 @@ def _connection(host: CephHost, private_key: pulumi.Output[str]) -> command.remo
     return command.remote.ConnectionArgs(**_dial(host), private_key=key, proxy=proxy)
 
 
-def _dial(host: SshHost) -> dict[str, str | int]:
+def _dial(host: SshHost) -> dict[str, Any]:
     return {
         "host": host.address,
         "port": host.port,

@@ -127,7 +127,7 @@ class RegistryWorkload(pulumi.ComponentResource):
         """The Ceph user's key, as each driver reads it."""
         encoded = key.apply(_base64)
         in_tree = driver == "in-tree"  # it takes any entry for the key: there may be one only
-        data = {"key": encoded} if in_tree else {"userID": _base64(rbd.user), "userKey": encoded}
+        data: dict[str, pulumi.Input[str]] = {"key": encoded} if in_tree else {"userID": _base64(rbd.user), "userKey": encoded}
         return kubernetes.core.v1.Secret(
             f"{self._name}-ceph",
             metadata=self._metadata("-ceph"),

@@ -29,8 +29,11 @@ class Registry:
     """The authority's certificate in PEM."""
     username: str | None
     password: str | None
+    stack: str = ""
     workload: dict[str, str] | None = None
     """Namespace and name in the cluster; none for a registry on one Docker host."""
+    volume: str | None = None
+    """The RBD image that holds the registry's images, as POOL/IMAGE; none where they are elsewhere."""
 
     @property
     def host(self) -> str:
@@ -71,5 +74,7 @@ def registry_of(stack: str) -> Registry:
         authority=outputs["authorityCertificate"],
         username=outputs.get("username"),
         password=outputs.get("password"),
+        stack=stack,
         workload=outputs.get("workload"),
+        volume=outputs.get("volume"),
     )

@@ -103,6 +103,7 @@ class Verification:
     def steps(self, *, docker: bool = False) -> Iterator[tuple[str, Callable[[], Result]]]:
         """Yield each step's name, and what takes it. One that fails raises OpsError."""
         all_steps: list[tuple[str, Callable[[], str]]] = [
+            *([("volume", self._volume)] if self._registry.volume else []),
             *([("pod", self._pod)] if self._registry.workload else []),
             ("resolve", self._resolve),
             ("connect", self._connect),
@@ -121,6 +122,11 @@ class Verification:
         start = time.monotonic()
         said = take()
         return Result(name, said, time.monotonic() - start, warning=said.startswith("warning"))
+
+    def _volume(self) -> str:
+        from ops.volume import check
+
+        return check(self._registry)
 
     def _pod(self) -> str:
         from ops.workload import check

@@ -1,6 +1,10 @@
 """What the cluster says of the registry: its pod, its Service, and why it does not serve."""
 
+import contextlib
+import json
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from ops.stack import OpsError
@@ -15,13 +19,70 @@ def check(namespace: str, name: str) -> str:
     Raises:
         OpsError: it is not so; the text has the pod's own events.
     """
+    with _core() as core:
+        return _check(core, namespace, name)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the registry's pod is, and how full its volume is."""
+
+    pod: str | None
+    node: str | None
+    node_of: dict[str, str]
+    """Names of nodes by their addresses."""
+    used_bytes: int = 0
+    capacity_bytes: int = 0
+    """0 where the kubelet has not measured it, or may not be asked."""
+
+
+def placement(namespace: str, name: str) -> Placement:
+    """Return where the registry's pod is, with what the node's kubelet says of its volume.
+
+    Raises:
+        OpsError: the cluster cannot be asked.
+    """
+    with _core() as core:
+        nodes = {
+            address.address: node.metadata.name for node in core.list_node().items for address in node.status.addresses or []
+        }
+        pods = core.list_namespaced_pod(namespace, label_selector=f"k8s-app={name}").items
+        current = [pod for pod in pods if pod.metadata.deletion_timestamp is None]
+        if not current:
+            return Placement(None, None, nodes)
+        pod, node = current[0].metadata.name, current[0].spec.node_name
+        return Placement(pod, node, nodes, *_measured(core, node, pod))
+
+
+def _measured(core: Any, node: str | None, pod: str) -> tuple[int, int]:
+    """Return the used and all bytes of the pod's volume.
+
+    Source: https://kubernetes.io/docs/reference/instrumentation/node-metrics/
+    """
+    import kubernetes
+
+    if node is None:
+        return 0, 0
+    try:
+        summary = core.connect_get_node_proxy_with_path(node, "stats/summary", _preload_content=False)
+    except kubernetes.client.ApiException:  # a right of its own, which not everyone has who may read pods
+        return 0, 0
+    for entry in json.loads(summary.data).get("pods") or []:
+        for volume in entry.get("volume") or []:
+            if entry["podRef"]["name"] == pod and volume["name"] == "images":
+                return volume.get("usedBytes", 0), volume.get("capacityBytes", 0)
+    return 0, 0
+
+
+@contextlib.contextmanager
+def _core() -> Iterator[Any]:
+    """The cluster's API; what goes wrong with it is told in words."""
     import kubernetes
     import urllib3
 
     try:
         kubernetes.config.load_kube_config()
-        core = kubernetes.client.CoreV1Api()
-        return _check(core, namespace, name)
+        yield kubernetes.client.CoreV1Api()
     except kubernetes.config.ConfigException as error:
         raise OpsError(f"There is no kubeconfig for the cluster: {error}.", "Set KUBECONFIG.") from None
     except urllib3.exceptions.HTTPError as error:

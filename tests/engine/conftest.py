@@ -13,7 +13,9 @@ import docker
 import pytest
 
 from lab import dockerd
+from lab.ceph import Ceph
 from lab.kubernetes import Cluster
+from lab.sshd import SshServer
 from tests.engine.kubernetes_stack import Hub, KubernetesStack, new_kubernetes_stack
 from tests.engine.stack import Stack
 
@@ -86,6 +88,24 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, docker_host: str) -> Itera
         yield made
     finally:
         made.down()
+
+
+@pytest.fixture(scope="session")
+def ceph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ceph]:
+    """A Ceph cluster in memory."""
+    made = Ceph(tmp_path_factory.mktemp("ceph") / "ceph")
+    try:
+        made.up()
+        yield made
+    finally:
+        made.down()
+
+
+@pytest.fixture(scope="session")
+def ceph_host(ceph: Ceph, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshServer]:
+    """The Ceph host, as a stack reaches it."""
+    with SshServer(tmp_path_factory.mktemp("host"), environment=ceph.environment) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

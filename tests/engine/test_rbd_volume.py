@@ -3,7 +3,6 @@
 import json
 import os
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +13,6 @@ from lab.sshd import SshServer
 from tests.engine.stack import Stack
 
 TARGET = ("--target", "**RbdVolume**")
-
-
-@pytest.fixture(scope="module")
-def ceph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ceph]:
-    ceph = Ceph(tmp_path_factory.mktemp("ceph") / "ceph")
-    ceph.up()
-    try:
-        yield ceph
-    finally:
-        ceph.down()
-
-
-@pytest.fixture(scope="module")
-def host(ceph: Ceph, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshServer]:
-    """The Ceph host, as the stack reaches it."""
-    with SshServer(tmp_path_factory.mktemp("host"), environment=ceph.environment) as server:
-        yield server
 
 
 class VolumeStack(Stack):
@@ -61,8 +43,8 @@ class VolumeStack(Stack):
 
 
 @pytest.fixture
-def stack(tmp_path: Path, ceph: Ceph, host: SshServer) -> VolumeStack:
-    return VolumeStack(tmp_path, ceph, host)
+def stack(tmp_path: Path, ceph: Ceph, ceph_host: SshServer) -> VolumeStack:
+    return VolumeStack(tmp_path, ceph, ceph_host)
 
 
 def test_up_makes_the_image_with_the_lock_that_fences_and_a_user_with_least_rights(stack: VolumeStack) -> None:
@@ -208,23 +190,23 @@ def test_a_client_key_that_the_host_does_not_know_is_refused(stack: VolumeStack,
     assert "unable to authenticate" in run.stdout
 
 
-def test_the_host_is_reached_through_a_jump_host(stack: VolumeStack, host: SshServer) -> None:
-    stack.set_rbd(host={**host.settings, "jump": host.settings})
-    before = host.logins
+def test_the_host_is_reached_through_a_jump_host(stack: VolumeStack, ceph_host: SshServer) -> None:
+    stack.set_rbd(host={**ceph_host.settings, "jump": ceph_host.settings})
+    before = ceph_host.logins
     stack.up(*TARGET)
-    assert host.logins >= before + 4  # two commands, two logins each
+    assert ceph_host.logins >= before + 4  # two commands, two logins each
     assert stack.images() == [stack.name]
 
 
-def test_without_a_host_the_machine_that_runs_pulumi_is_the_ceph_host(tmp_path: Path, ceph: Ceph, host: SshServer) -> None:
-    stack = VolumeStack(tmp_path, ceph, host)
+def test_without_a_host_the_machine_that_runs_pulumi_is_the_ceph_host(tmp_path: Path, ceph: Ceph, ceph_host: SshServer) -> None:
+    stack = VolumeStack(tmp_path, ceph, ceph_host)
     stack.set_rbd(host=None)
     stack.pulumi("config", "rm", "private-registry:sshPrivateKey", "--stack", stack.name)
     stack.environment.update(ceph.environment)
-    before = host.logins
+    before = ceph_host.logins
     stack.up(*TARGET)
     assert stack.images() == [stack.name]
-    assert host.logins == before
+    assert ceph_host.logins == before
 
 
 def test_the_image_is_formatted_on_the_host_on_request(stack: VolumeStack) -> None:

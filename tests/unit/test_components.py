@@ -1,6 +1,7 @@
 """What the program registers, recorded by the SDK's mocks: a contract over all resources."""
 
 import asyncio
+import json
 import runpy
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,80 @@ def test_the_image_is_pushed_where_the_stack_says() -> None:
     assert args["registry"]["server"] == "hub.example.com"
 
 
+RBD = {"monitors": ["10.149.149.2:6789"], "sizeMiB": 1024, "driver": "in-tree"}
+
+
+def workload(**rbd: Any) -> Recorder:
+    """Run the program with an RBD image and no cluster that answers."""
+    return program(
+        target="kubernetes",
+        image='{"pushTo": "hub.example.com"}',
+        storage=json.dumps({"rbd": {**RBD, **rbd}, "onDestroy": "keep"}),
+    )
+
+
+@pytest.fixture(autouse=True)
+def no_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+
+
+def test_the_image_is_made_by_the_script_on_standard_input_and_no_destroy_takes_it() -> None:
+    args = workload().resources["command:local:Command/volume"].inputs
+    assert args["stdin"] == (ROOT / "hosts/rbd.py").read_text()
+    assert args["update"] == args["create"]
+    assert "ensure --pool rbd --image registry --owner private-registry/test --size-mib 1024 --format mount" in args["create"]
+    assert "delete" not in args
+    assert "triggers" not in args, "a replacement would release the image"
+
+
+def test_an_rbd_image_is_mounted_by_a_volume_that_another_node_can_attach() -> None:
+    recorded = workload()
+    spec = recorded.resources["kubernetes:core/v1:PersistentVolume/registry-rbd"].inputs["spec"]
+    assert spec["accessModes"] == ["ReadWriteOnce", "ReadOnlyMany"]
+    assert spec["persistentVolumeReclaimPolicy"] == "Retain"
+    assert spec["capacity"] == {"storage": "1024Mi"}
+    assert spec["rbd"] == {
+        "monitors": ["10.149.149.2:6789"],
+        "pool": "rbd",
+        "image": "registry",
+        "user": "registry",
+        "secretRef": {"name": "registry-ceph", "namespace": "default"},
+        "fsType": "ext4",
+    }
+    claim = recorded.resources["kubernetes:core/v1:PersistentVolumeClaim/registry-rbd"].inputs["spec"]
+    assert claim["accessModes"] == ["ReadWriteOnce"]
+    assert claim["storageClassName"] == spec["storageClassName"] != ""
+
+
+def test_an_inline_rbd_volume_is_in_the_pod_itself() -> None:
+    recorded = workload(mount="inline")
+    controller = recorded.resources["kubernetes:core/v1:ReplicationController/registry"].inputs["spec"]
+    (volume,) = [volume for volume in controller["template"]["spec"]["volumes"] if volume["name"] == "images"]
+    assert volume["rbd"]["secretRef"] == {"name": "registry-ceph"}
+    assert not [key for key in recorded.resources if "PersistentVolume" in key]
+
+
+def test_with_ceph_csi_the_volume_is_a_static_one() -> None:
+    recorded = workload(driver="csi", csi={"clusterId": "ceph1"})
+    spec = recorded.resources["kubernetes:core/v1:PersistentVolume/registry-rbd"].inputs["spec"]
+    assert "rbd" not in spec
+    assert spec["csi"]["driver"] == "rbd.csi.ceph.com"
+    assert spec["csi"]["volumeHandle"] == "registry"
+    assert spec["csi"]["nodeStageSecretRef"] == {"name": "registry-ceph", "namespace": "default"}
+    assert spec["csi"]["volumeAttributes"] == {
+        "clusterID": "ceph1",
+        "pool": "rbd",
+        "staticVolume": "true",
+        "imageFeatures": "layering,exclusive-lock",
+    }
+
+
+def test_a_pod_on_an_rbd_image_leaves_a_dead_node_at_once() -> None:
+    controller = workload().resources["kubernetes:core/v1:ReplicationController/registry"].inputs["spec"]
+    seconds = {toleration["tolerationSeconds"] for toleration in controller["template"]["spec"]["tolerations"]}
+    assert seconds == {0}
+
+
 def test_main_has_no_logic_and_under_60_lines() -> None:
     assert len((ROOT / "__main__.py").read_text().splitlines()) < 60
 
@@ -120,4 +195,4 @@ def test_main_has_no_logic_and_under_60_lines() -> None:
 def test_no_component_imports_another() -> None:
     for file in (ROOT / "components").glob("*.py"):
         imported = [line for line in file.read_text().splitlines() if line.startswith(("import comp", "from comp"))]
-        assert all("components.configuration" in line for line in imported), file
+        assert all(line.split()[1] in ("components.configuration", "components.cluster") for line in imported), file
