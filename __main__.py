@@ -4,43 +4,46 @@ import pulumi
 
 import settings
 from components.certificate import RegistryCertificate
+from components.cluster import rbd_driver
 from components.configuration import first_user, registry_users
 from components.image import RegistryImage
 
 config = pulumi.Config()
-driver = ceph_key = None
-# Each target's SDK is imported only where it is used: importing one takes longer than all else that the program does.
 try:
     stack = settings.of_stack()
-    if stack.storage.rbd is not None:
-        from components.cluster import rbd_driver
-
-        driver = rbd_driver(stack.storage.rbd)
+    driver = rbd_driver(stack.storage.rbd)
 except ValueError as error:
     raise pulumi.RunError(str(error)) from None
-
 push_credentials = config.get_secret_object("pushCredentials")
 provided = config.get_secret_object("providedCertificate")
 certificate = RegistryCertificate("certificate", stack.certificate, hostname=stack.hostname, provided=provided)
 ssh_private_key = config.get_secret("sshPrivateKey")
 image = RegistryImage("image", stack.image, credentials=push_credentials, ssh_private_key=ssh_private_key)
 users = registry_users(config.get_secret_object("users"), certificate.private_key_pem)
-pair = {"certificate_pem": certificate.certificate_pem, "private_key_pem": certificate.private_key_pem}
+# Importing a target's SDK takes longer than all else that the program does.
 if stack.target == "docker":
     from components.container import RegistryContainer
 
-    RegistryContainer("registry", stack, image=image.reference, users=users, **pair)
+    RegistryContainer("registry", stack, image=image.reference, users=users, **certificate.pair)
 else:
     from components.workload import RegistryWorkload
 
+    ceph_key = None
     if stack.storage.rbd is not None:
         from components.volume import RbdVolume
 
-        given = config.get_secret("cephKey")
-        ceph_key = RbdVolume("volume", stack.storage, ssh_private_key=ssh_private_key, ceph_key=given).key
+        ceph_key = RbdVolume("volume", stack.storage, ssh_private_key=ssh_private_key, ceph_key=config.get_secret("cephKey")).key
         pulumi.export("volume", f"{stack.storage.rbd.pool}/{stack.storage.rbd.image}")
-    inputs = {"pull_credentials": push_credentials, "ceph_key": ceph_key, "driver": driver}
-    RegistryWorkload("registry", stack, image=image.reference, users=users, **pair, **inputs)
+    RegistryWorkload(
+        "registry",
+        stack,
+        image=image.reference,
+        users=users,
+        pull_credentials=push_credentials,
+        ceph_key=ceph_key,
+        driver=driver,
+        **certificate.pair,
+    )
     pulumi.export("workload", {"namespace": stack.kubernetes.namespace, "name": stack.kubernetes.name})
 if stack.trust.docker or stack.trust.hosts_file:
     from components.trust import ClientTrust

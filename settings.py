@@ -771,8 +771,8 @@ def _secret_faults(settings: Settings, secrets: Mapping[str, Any]) -> list[str]:
         )
     if "cephKey" in secrets and not CEPH_KEY.fullmatch(str(secrets["cephKey"])):
         faults.append(
-            f"{PROJECT}:cephKey cannot be read: it must be a Ceph user's key alone, without the end of a line; set what `ceph auth "
-            "print-key client.NAME` prints"
+            f"{PROJECT}:cephKey cannot be read: it must be a Ceph user's key alone, without the end of a line; set what "
+            "`ceph auth print-key client.NAME` prints"
         )
     if "users" in secrets:
         faults += _user_faults(secrets["users"])

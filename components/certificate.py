@@ -1,6 +1,7 @@
 """RegistryCertificate: the authority that clients trust, and the server's certificate."""
 
 from collections.abc import Sequence
+from typing import TypedDict
 
 import pulumi
 import pulumi_tls as tls
@@ -10,6 +11,13 @@ from settings import Certificate
 KEY_BITS = 4096
 SERVER_USES = ["digital_signature", "key_encipherment", "server_auth"]
 AUTHORITY_USES = ["cert_signing", "crl_signing", "digital_signature"]
+
+
+class CertificatePair(TypedDict):
+    """The server's certificate with its chain, and its private key, a secret; both in PEM."""
+
+    certificate_pem: pulumi.Output[str]
+    private_key_pem: pulumi.Output[str]
 
 
 class RegistryCertificate(pulumi.ComponentResource):
@@ -100,6 +108,11 @@ class RegistryCertificate(pulumi.ComponentResource):
         self.authority_pem = authority.cert_pem
         self.certificate_pem = certificate.cert_pem
         self.private_key_pem = key.private_key_pem
+
+    @property
+    def pair(self) -> CertificatePair:
+        """The certificate and its key, as the components that serve with them take both."""
+        return {"certificate_pem": self.certificate_pem, "private_key_pem": self.private_key_pem}
 
 
 def _names(settings: Certificate, hostname: str) -> Sequence[str]:

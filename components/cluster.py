@@ -18,14 +18,16 @@ class DriverError(ValueError):
     """The stack's driver does not fit the cluster."""
 
 
-def rbd_driver(rbd: Rbd) -> Driver:
-    """Return the driver that mounts the image.
+def rbd_driver(rbd: Rbd | None) -> Driver | None:
+    """Return the driver that mounts the image; none where there is no image.
 
     Where the cluster cannot be reached, as from a pull request's runner, what the stack says is taken, with a warning.
 
     Raises:
         DriverError: the cluster does not have the driver.
     """
+    if rbd is None:
+        return None
     import kubernetes
     import urllib3
 
@@ -56,8 +58,8 @@ def choose(rbd: Rbd, versions: Sequence[str], drivers: Sequence[str]) -> Driver:
     if _number(newest) < WITHOUT_IN_TREE:
         return "in-tree"
     raise DriverError(
-        f"private-registry:storage.rbd.driver is {rbd.driver!r}: the server and all nodes must be older than Kubernetes 1.31, and "
-        f"one is {newest}, whose in-tree driver mounts nothing; install ceph-csi and set storage.rbd.csi.clusterId"
+        f"private-registry:storage.rbd.driver is {rbd.driver!r}: the server and all nodes must be older than Kubernetes 1.31, "
+        f"and one is {newest}, whose in-tree driver mounts nothing; install ceph-csi and set storage.rbd.csi.clusterId"
     )
 
 

@@ -70,7 +70,8 @@ class RbdVolume(pulumi.ComponentResource):
         """Run the script now, again whenever anything of it changes, and another time when the resource goes."""
         opts = pulumi.ResourceOptions.merge(opts, pulumi.ResourceOptions(additional_secret_outputs=["stdout", "stderr"]))
         text = SCRIPT.read_text()
-        ensure, release = _line(self._host, arguments), delete and _line(self._host, delete)
+        ensure = _line(self._host, arguments)
+        release = None if delete is None else _line(self._host, delete)
         if self._host is None:
             return command.local.Command(
                 name,

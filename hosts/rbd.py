@@ -21,8 +21,9 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from typing import Any, Dict, Iterator, List, NoReturn, Optional
+from typing import Any, Dict, Iterator, List, NoReturn
 
 EXIT_CODES = {
     "no-program": 10,
@@ -60,7 +61,7 @@ def refuse(kind: str, sentence: str) -> NoReturn:
     sys.exit(EXIT_CODES[kind])
 
 
-class Failed(Exception):
+class FailedError(Exception):
     """A program failed: its return code and what it said."""
 
     def __init__(self, program: str, code: int, said: str) -> None:
@@ -73,17 +74,18 @@ def run(*command: str) -> str:
     """Run a program of Ceph's, and return what it prints.
 
     Raises:
-        Failed: it failed otherwise than by not reaching the cluster, or not being let in, which end the script.
+        FailedError: it failed otherwise than by not reaching the cluster, or not being let in, which end the script.
     """
     program, rest = command[0], list(command[1:])
     if program == "rbd":
         rest += ["--rados_mon_op_timeout", str(CONNECT_SECONDS), "--client_mount_timeout", str(CONNECT_SECONDS)]
     if program == "ceph":
-        rest = ["--connect-timeout", str(CONNECT_SECONDS)] + rest
+        rest = ["--connect-timeout", str(CONNECT_SECONDS), *rest]
     name = " ".join(command[:3])
     try:
         done = subprocess.run(
-            [program] + rest,
+            [program, *rest],
+            check=False,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -96,13 +98,12 @@ def run(*command: str) -> str:
         return done.stdout
     said = " / ".join(line for line in (done.stderr or done.stdout).strip().splitlines()[-3:])
     lower = said.lower()
-    if done.returncode == errno.ETIMEDOUT or "timed out" in lower or "error connecting to the cluster" in lower:
-        # What a missing key looks like from here is in the text, too.
-        if "permission denied" not in lower and "eacces" not in lower and "no keyring" not in lower:
-            refuse("unreachable", "Ceph does not answer this host (%s): see whether its monitors run, then `ceph -s`." % said)
-    if done.returncode in (errno.EACCES, errno.EPERM) or "permission denied" in lower or "no keyring" in lower:
+    shut_out = "permission denied" in lower or "no keyring" in lower or "handle_auth_bad_method" in lower
+    if shut_out or done.returncode in (errno.EACCES, errno.EPERM):
         refuse("not-allowed", "Ceph does not let this host in (%s): it needs /etc/ceph with an admin's key." % said)
-    raise Failed(name, done.returncode, said)
+    if done.returncode == errno.ETIMEDOUT or "timed out" in lower or "error connecting to the cluster" in lower:
+        refuse("unreachable", "Ceph does not answer this host (%s): see whether its monitors run, then `ceph -s`." % said)
+    raise FailedError(name, done.returncode, said)
 
 
 def parsed(*command: str) -> Any:
@@ -116,13 +117,13 @@ class Image:
         self.pool = pool
         self.name = name
         self.spec = "%s/%s" % (pool, name)
-        self.info = None  # type: Optional[Dict[str, Any]]
+        self.info = None  # type: Any
         self.read()
 
     def read(self) -> None:
         try:
             self.info = parsed("rbd", "info", self.spec)
-        except Failed as error:
+        except FailedError as error:
             if error.code != errno.ENOENT:
                 raise
             self.info = None
@@ -184,7 +185,7 @@ def check_pool(pool: str) -> bool:
 @contextlib.contextmanager
 def locked(pool: str, image: str) -> Iterator[None]:
     """Let one run at a time work at an image from this host. The lock ends with the process, however it ends."""
-    folder = "/run/lock" if os.access("/run/lock", os.W_OK) else "/tmp"
+    folder = "/run/lock" if os.access("/run/lock", os.W_OK) else tempfile.gettempdir()
     path = "%s/private-registry-%s-%s.lock" % (folder, pool, image)
     with open(path, "a") as lock:
         deadline = time.monotonic() + LOCK_SECONDS
@@ -241,7 +242,7 @@ def create(image: Image, size_mib: int, *, with_room: bool) -> bool:
         refuse("full", "The pool %s is full: make room or raise its quota, see `ceph df`." % image.pool)
     try:
         run("rbd", "create", image.spec, "--size", "%dM" % size_mib, "--image-feature", ",".join(FEATURES))
-    except Failed as error:
+    except FailedError as error:
         if error.code != errno.EEXIST:
             raise
         image.read()  # another host was faster
@@ -340,7 +341,7 @@ def format_on_host(image: Image, *, blank: bool, with_room: bool) -> bool:
         state = "formatting"
     device = map_image(image)
     try:
-        if not has_whole_filesystem(image, device):
+        if not has_whole_filesystem(device):
             if state != "formatting":
                 refuse(
                     "foreign",
@@ -357,7 +358,7 @@ def map_image(image: Image) -> str:
     try:
         # Without udevd, as in a container, it would wait for it for ever.
         device = run("rbd", "device", "map", image.spec, "--options", "noudev").strip()
-    except Failed as error:
+    except FailedError as error:
         refuse(
             "unsuitable",
             "This host cannot map %s (%s): load its module rbd, or set storage.rbd.format: mount, and the node that mounts it "
@@ -372,15 +373,15 @@ def map_image(image: Image) -> str:
 def unmap(image: Image, device: str) -> None:
     try:
         run("rbd", "device", "unmap", device)
-    except Failed as error:
+    except FailedError as error:
         refuse("in-use", "%s is mapped on this host as %s, and in use (%s): unmount it." % (image.spec, device, error.said))
 
 
-def has_whole_filesystem(image: Image, device: str) -> bool:
+def has_whole_filesystem(device: str) -> bool:
     """Tell whether the device has an ext4 without faults. It is known to be there, so that no answer means no filesystem."""
     try:
         kind = run("blkid", "--probe", "--match-tag", "TYPE", "--output", "value", device).strip()
-    except Failed as error:
+    except FailedError as error:
         if error.code != 2:
             raise
         return False
@@ -388,7 +389,7 @@ def has_whole_filesystem(image: Image, device: str) -> bool:
         return False
     try:
         run("e2fsck", "-f", "-n", device)
-    except Failed:
+    except FailedError:
         return False
     return True
 
@@ -479,7 +480,7 @@ def user(arguments: argparse.Namespace) -> None:
     rights = ["mon", "profile rbd", "osd", "profile rbd pool=%s" % arguments.pool]
     try:
         print(run("ceph", "auth", "get-or-create-key", name, *rights).strip())
-    except Failed as error:
+    except FailedError as error:
         if error.code != errno.EINVAL:
             raise
         refuse(
@@ -516,7 +517,7 @@ def main() -> None:
             refuse("no-program", "%s is not on this host: install ceph-common, or name another storage.rbd.host." % program)
     try:
         arguments.work(arguments)
-    except Failed as error:
+    except FailedError as error:
         refuse("failed", "%s." % error)
 
 

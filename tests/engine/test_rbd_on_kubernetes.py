@@ -114,11 +114,12 @@ def test_the_driver_that_the_cluster_does_not_have_is_refused_by_the_preview(wai
 
 
 def test_verify_says_which_machine_a_waiting_pod_waits_for(waiting: KubernetesStack, ceph: Ceph) -> None:
-    device = waiting.run("rbd", "map", f"rbd/{waiting.name}", **ceph.environment).stdout.strip()
+    waiting.environment.update(ceph.environment)
+    device = waiting.run("rbd", "map", f"rbd/{waiting.name}").stdout.strip()
     try:
         said = waiting.ops("verify", check=False).stdout
     finally:
-        waiting.run("rbd", "unmap", device, **ceph.environment)
+        waiting.run("rbd", "unmap", device)
     assert f"waits for rbd/{waiting.name}, which is open at 127.0.0.1" in said
     assert "ceph osd blocklist add 127.0.0.1:0/" in said
 
