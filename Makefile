@@ -60,12 +60,16 @@ test: toolchain lab  ## run all tests
 	@# Two cores also run the clusters: a wait may run out under load. What fails is run once more, alone, and counts then.
 	@. .toolchain/env && { pytest || { echo "once more, alone:"; pytest -n0 --last-failed --last-failed-no-failures none; }; }
 
+.PHONY: lab-test
+lab-test: toolchain lab  ## run the tests on virtual nodes that mount the RBD image by their kernel: half an hour
+	@. .toolchain/env && pytest -n0 --timeout=1200 tests/lab
+
 .PHONY: lint
 lint: .venv/complete  ## check style, types, scripts and workflows
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	.venv/bin/shellcheck hosts/*.sh toolchain/*.sh .ci/run
+	.venv/bin/shellcheck hosts/*.sh toolchain/*.sh lab/guest/* .ci/run
 	.venv/bin/check-jsonschema --schemafile settings.schema.json Pulumi.*.yaml
 
 .PHONY: schema
@@ -91,6 +95,7 @@ local: toolchain
 .PHONY: clean
 clean: rm  ## take the local stack down, and remove what make made; DELETE_IMAGES=yes removes the images too
 	@.venv/bin/python -m lab down kubernetes
+	@.venv/bin/python -m lab down nodes
 	@.venv/bin/python -m lab down ceph
 	@if [ "$(DELETE_IMAGES)" != yes ]; then \
 	  echo "kept: .lab, with the registry's images, and .local, with its keys; make clean DELETE_IMAGES=yes removes them"; \

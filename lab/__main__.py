@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from lab import ceph, dockerd, kubernetes
+from lab import nodes as virtual
 from lab.debian import LabError
 from toolchain.programs import ToolchainError
 
@@ -22,6 +23,7 @@ class Server(StrEnum):
     DOCKER = "docker"
     KUBERNETES = "kubernetes"
     CEPH = "ceph"
+    NODES = "nodes"
 
 
 Which = Annotated[Server, typer.Argument(help="Which of the lab's servers.")]
@@ -41,13 +43,16 @@ def up(
     server: Which = Server.DOCKER,
     nodes: Annotated[int, typer.Option(help="How many nodes the Kubernetes cluster has.")] = 1,
 ) -> None:
-    """Make sure that a Docker daemon answers and has the registry's base image, or that Kubernetes or Ceph does."""
+    """Make sure that a Docker daemon answers and has the registry's base image, or that Kubernetes, Ceph or virtual nodes do."""
     with _reported():
         if server is Server.CEPH:
             console.print(f"ceph: {ceph.up()}")
             return
         if server is Server.KUBERNETES:
             console.print(f"kubernetes: {kubernetes.up(nodes)}")
+            return
+        if server is Server.NODES:
+            console.print(f"nodes: {virtual.LAB.up()}")
             return
         host = dockerd.start()
         own = ": the project's own, ended by `make rm`" if host.endswith(str(dockerd.SOCKET)) else ""
@@ -68,6 +73,8 @@ def down(server: Which = Server.DOCKER) -> None:
     with _reported():
         if server is Server.CEPH:
             console.print("ceph: ended" if ceph.down() else "ceph: there is none")
+        elif server is Server.NODES:
+            console.print("nodes: ended" if virtual.LAB.down() else "nodes: there are none")
         elif server is Server.KUBERNETES:
             console.print("kubernetes: ended" if kubernetes.down() else "kubernetes: there is none")
         else:
@@ -82,6 +89,8 @@ def status() -> None:
         console.print("kubernetes: there is none")
     for process in processes:
         console.print(f"kubernetes: {process.box} {process.name}: {_state(process)}")
+    for process in virtual.LAB.status():
+        console.print(f"nodes: {process.box} {process.name}: {_state(process)}")
     if not (servers := ceph.status()):
         console.print("ceph: there is none")
     for process_of_ceph in servers:
@@ -95,7 +104,12 @@ def _state(process: kubernetes.Status | ceph.Status) -> str:
 @app.command()
 def address(server: Which = Server.DOCKER) -> None:
     """Print the address of the Docker daemon that answers, or the path of the kubeconfig or the ceph.conf; or nothing."""
-    addresses = {Server.DOCKER: dockerd.address, Server.KUBERNETES: kubernetes.address, Server.CEPH: ceph.address}
+    addresses = {
+        Server.DOCKER: dockerd.address,
+        Server.KUBERNETES: kubernetes.address,
+        Server.CEPH: ceph.address,
+        Server.NODES: virtual.LAB.address,
+    }
     found = addresses[server]()
     if found:
         typer.echo(found)

@@ -165,7 +165,11 @@ class Cluster:
             there = self.folder.exists()
             for box in self._boxes():
                 box.close()
-            # The network of the last box takes this machine's end of the link with it, a moment later.
+            # The network of the last box takes this machine's end of the link with it, but not while the kernel still tries to
+            # end connections to a node that no longer answers, which is minutes.
+            if self._linked():
+                with contextlib.suppress(LabError):
+                    run(["ip", "link", "delete", self.name])
             if not wait(lambda: not self._linked(), END_SECONDS):
                 raise LabError(f"The network link {self.name} does not go away.")
             for top in self._control_groups():
