@@ -61,7 +61,8 @@ test: toolchain lab  ## run all tests
 	@. .toolchain/env && { pytest || { echo "once more, alone:"; pytest -n0 --last-failed --last-failed-no-failures none; }; }
 
 .PHONY: lab-test
-lab-test: toolchain lab  ## run the tests on virtual nodes that mount the RBD image by their kernel: half an hour
+lab-test: toolchain lab  ## run the tests on virtual nodes that mount the RBD image by their kernel: an hour
+	@. .toolchain/env && EVERY_LINE=yes pytest -n0 -k killed_at tests/engine/test_rbd_script.py
 	@. .toolchain/env && pytest -n0 --timeout=1200 tests/lab
 
 .PHONY: lint

@@ -18,26 +18,37 @@ from lab.ceph import Ceph
 
 SCRIPT = (Path(__file__).parent.parent.parent / "hosts/rbd.py").read_text()
 OWNER = "private-registry/test"
-# Runs the script on standard input, and ends itself at the Nth line of it that is reached for the first time; its children
-# too, or not. With a number that is never reached it says how many there are.
+# Runs the script on standard input, and ends it at the Nth moment: before and after each command that changes something, or,
+# for EVERY_LINE, at each line that is reached for the first time. Its children end too, or not. With a number that is never
+# reached it says how many moments there are.
 KILLED = """
 import os, signal, sys
-at, group, text = int(sys.argv.pop(1)), sys.argv.pop(1) == "group", sys.stdin.read()
-seen = set()
+at, group, every_line, text = int(sys.argv.pop(1)), sys.argv.pop(1) == "group", sys.argv.pop(1) == "True", sys.stdin.read()
+CHANGES = {"create", "set", "resize", "map", "unmap", "-q", "move", "rm"}
+moments, seen = 0, set()
+def moment():
+    global moments
+    moments += 1
+    if moments == at:
+        os.killpg(0, signal.SIGKILL) if group else os.kill(os.getpid(), signal.SIGKILL)
 def trace(frame, event, argument):
     if frame.f_code.co_filename != "script":
         return None
-    if event == "line" and frame.f_lineno not in seen and frame.f_code.co_name not in ("<module>", "main"):
-        seen.add(frame.f_lineno)
-        if len(seen) == at:
-            os.killpg(0, signal.SIGKILL) if group else os.kill(os.getpid(), signal.SIGKILL)
+    name = frame.f_code.co_name
+    if every_line:
+        if event == "line" and frame.f_lineno not in seen and name not in ("<module>", "main"):
+            seen.add(frame.f_lineno)
+            moment()
+    elif name == "run" and event in ("call", "return") and CHANGES & set(frame.f_locals["command"][1:3]):
+        moment()
     return trace
 sys.settrace(trace)
 try:
     exec(compile(text, "script", "exec"), {"__name__": "__main__"})
 finally:
-    print("lines", len(seen), file=sys.stderr)
+    print("moments", moments, file=sys.stderr)
 """
+EVERY_LINE = os.environ.get("EVERY_LINE") == "yes"  # half an hour; `make lab-test` sets it
 
 
 class Host:
@@ -65,7 +76,7 @@ class Host:
 
     def killed(self, at: int, verb: str, *arguments: str, group: bool) -> subprocess.CompletedProcess[str]:
         how = "group" if group else "alone"
-        command = [sys.executable, "-c", KILLED, str(at), how, *self._words(verb, arguments, OWNER)]
+        command = [sys.executable, "-c", KILLED, str(at), how, str(EVERY_LINE), *self._words(verb, arguments, OWNER)]
         return self._run(command, SCRIPT, start_new_session=True)
 
     def _run(self, command: list[str], script: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -435,14 +446,14 @@ def test_a_full_pool_takes_no_new_image_and_grows_none(tmp_path: Path) -> None:
         own.down()
 
 
-def lines(ceph: Ceph, verb: str, *arguments: str, prepare: bool = False) -> int:
-    """Return how many lines of the script such a run reaches."""
+def moments(ceph: Ceph, verb: str, *arguments: str, prepare: bool = False) -> int:
+    """Return how many moments there are to kill such a run at."""
     host = Host(ceph)
     if prepare:
         host.ensure(form="host")
     done = host.killed(10_000, verb, *arguments, group=False)
     assert done.returncode == 0, done.stderr
-    return int(done.stderr.split("lines ")[1])
+    return int(done.stderr.split("moments ")[1])
 
 
 def settled(host: Host, verb: str, *arguments: str) -> None:
@@ -456,10 +467,10 @@ def settled(host: Host, verb: str, *arguments: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.timeout(900)
-def test_killed_at_any_line_of_a_creation_the_next_run_ends_it(ceph: Ceph) -> None:
+@pytest.mark.timeout(3600 if EVERY_LINE else 300)
+def test_killed_at_any_moment_of_a_creation_the_next_run_ends_it(ceph: Ceph) -> None:
     arguments = ("--size-mib", "64", "--format", "host")
-    for at in range(1, lines(ceph, "ensure", *arguments) + 1):
+    for at in range(1, moments(ceph, "ensure", *arguments) + 1):
         host = Host(ceph)
         assert host.killed(at, "ensure", *arguments, group=at % 2 == 0).returncode < 0, at
         settled(host, "ensure", *arguments)
@@ -469,11 +480,11 @@ def test_killed_at_any_line_of_a_creation_the_next_run_ends_it(ceph: Ceph) -> No
         host.check_filesystem()
 
 
-@pytest.mark.timeout(600)
-def test_killed_at_any_line_of_a_growth_nothing_is_lost(ceph: Ceph, tmp_path: Path) -> None:
+@pytest.mark.timeout(3600 if EVERY_LINE else 300)
+def test_killed_at_any_moment_of_a_growth_nothing_is_lost(ceph: Ceph, tmp_path: Path) -> None:
     arguments = ("--size-mib", "128", "--format", "host")
     content = os.urandom(1 << 20)
-    for at in range(1, lines(ceph, "ensure", *arguments, prepare=True) + 1):
+    for at in range(1, moments(ceph, "ensure", *arguments, prepare=True) + 1):
         host = Host(ceph)
         host.ensure(form="host")
         host.write(content, tmp_path)
@@ -483,11 +494,11 @@ def test_killed_at_any_line_of_a_growth_nothing_is_lost(ceph: Ceph, tmp_path: Pa
         assert host.read(tmp_path) == content, at
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(3600 if EVERY_LINE else 300)
 @pytest.mark.parametrize("policy", ["trash", "delete"])
-def test_killed_at_any_line_of_a_release_the_next_run_ends_it(ceph: Ceph, policy: str) -> None:
+def test_killed_at_any_moment_of_a_release_the_next_run_ends_it(ceph: Ceph, policy: str) -> None:
     arguments = ("--policy", policy)
-    for at in range(1, lines(ceph, "release", *arguments, prepare=True) + 1):
+    for at in range(1, moments(ceph, "release", *arguments, prepare=True) + 1):
         host = Host(ceph)
         host.ensure()
         assert host.killed(at, "release", *arguments, group=at % 2 == 0).returncode < 0, at
