@@ -1,6 +1,7 @@
 """Stand-in for pulumi-language-python: runs the program, policy packs and component packages with this interpreter.
 
-The program runs inside the host, on the SDK's own server for inline programs: no second interpreter has to start.
+The program runs inside the host, on the SDK's own server for inline programs: no second interpreter has to start. The SDK is
+imported with the program, as the engine starts a host for each command that only answers questions, too.
 Source: pulumi/proto/pulumi/language.proto of the Pulumi SDK.
 """
 
@@ -19,11 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import pulumi
-from pulumi.automation._server import LanguageServer
-from pulumi.runtime.proto import language_pb2, language_pb2_grpc, plugin_pb2
 
 from toolchain import plugin
+from toolchain.protocol import language_pb2, language_pb2_grpc, plugin_pb2
 
 
 def _packages() -> Iterator[plugin_pb2.PackageDependency]:
@@ -34,13 +33,15 @@ def _packages() -> Iterator[plugin_pb2.PackageDependency]:
             yield plugin_pb2.PackageDependency(name=needed["name"], kind="resource", version=needed["version"])
 
 
-class LanguageHost(LanguageServer):
+class LanguageHost(language_pb2_grpc.LanguageRuntimeServicer):
     def __init__(self, engine_address: str) -> None:
-        super().__init__(program=lambda: None)
         self._engine_address = engine_address
 
     def Handshake(self, request: Any, context: Any) -> Any:
         return language_pb2.LanguageHandshakeResponse()
+
+    def GetPluginInfo(self, request: Any, context: Any) -> Any:
+        return plugin_pb2.PluginInfo()
 
     def GetRequiredPackages(self, request: Any, context: Any) -> Any:
         return language_pb2.GetRequiredPackagesResponse(packages=list(_packages()))
@@ -60,6 +61,9 @@ class LanguageHost(LanguageServer):
             context.abort(grpc.StatusCode.UNKNOWN, f"pip install -r {requirements} failed, see above")
 
     def Run(self, request: Any, context: Any) -> Any:
+        import pulumi
+        from pulumi.automation._server import LanguageServer
+
         directory = request.info.program_directory
         os.chdir(directory)
         sys.path.insert(0, directory)
@@ -73,9 +77,8 @@ class LanguageHost(LanguageServer):
             except Exception as error:
                 raise pulumi.RunError(f"the program failed: {error}\n{traceback.format_exc()}") from error
 
-        self.program = program
         request.args[:] = [self._engine_address]
-        return super().Run(request, context)  # type: ignore[no-untyped-call]
+        return LanguageServer(program).Run(request, context)  # type: ignore[no-untyped-call]
 
     def RunPlugin(self, request: Any, context: Any) -> Iterator[Any]:
         command = [sys.executable, "-u", request.info.program_directory, *request.args]

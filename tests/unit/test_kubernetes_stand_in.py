@@ -9,11 +9,11 @@ from typing import Any
 
 import grpc
 import pytest
-from pulumi.provider.experimental.property_value import PropertyValue
-from pulumi.runtime.proto import provider_pb2, status_pb2
 
+from toolchain.protocol import provider_pb2, status_pb2
 from toolchain.providers import kubernetes
-from toolchain.providers.base import InitializationError, ProviderError, Reported, marked, plain_map
+from toolchain.providers.base import InitializationError, ProviderError, Reported
+from toolchain.providers.values import PropertyValue, marked, plain_map
 
 CONTROLLER: dict[str, Any] = {
     "apiVersion": "v1",

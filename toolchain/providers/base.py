@@ -3,38 +3,19 @@
 Source: pulumi/proto/pulumi/provider.proto of the Pulumi SDK.
 """
 
+import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, ClassVar
 
 import grpc
 from google.protobuf import empty_pb2
-from pulumi.provider.experimental.property_value import Computed, PropertyValue
-from pulumi.runtime.proto import plugin_pb2, provider_pb2, provider_pb2_grpc, status_pb2
 
 from toolchain import plugin
-
-# What the engine writes for a value of each type that is not known before the update, as one of them has no spelling of
-# its own: sdk/go/common/resource/plugin/rpc.go.
-UNKNOWNS = frozenset(
-    {
-        "1c4a061d-8072-4f0a-a4cb-0ff528b18fe7",
-        "3eeb2bf0-c639-47a8-9e75-3b44932eb421",
-        "04da6b54-80e4-46f7-96ec-b56ff0331ba9",
-        "6a19a0b0-7e62-4c92-b797-7f8e31da9cc2",
-        "030794c1-ac77-496b-92df-f27374a8bd58",
-        "e48ece36-62e2-4504-bad9-02848725956a",
-        "dd056dcd-154b-4c76-9bd3-c8f88648b5ff",
-    }
-)
-
-
-class _Unknown:
-    """A value that is not known before the update; it is equal to nothing but itself."""
-
-
-UNKNOWN = _Unknown()
+from toolchain.protocol import plugin_pb2, provider_pb2, provider_pb2_grpc, status_pb2
+from toolchain.providers.values import PropertyValue, marked, plain, plain_map, unknown
 
 
 class ProviderError(Exception):
@@ -97,45 +78,6 @@ class ResourceType:
         """Remove it. It is no error that it is gone already."""
 
 
-def plain(value: PropertyValue) -> Any:
-    """Return the Python value without its marks (secret, dependencies). What is not known becomes ``UNKNOWN``."""
-    inner = value.value
-    if isinstance(inner, PropertyValue):
-        return plain(inner)
-    if isinstance(inner, Mapping):
-        return {key: plain(item) for key, item in inner.items()}
-    if isinstance(inner, (list, tuple)):
-        return [plain(item) for item in inner]
-    if isinstance(inner, Computed) or (isinstance(inner, str) and inner in UNKNOWNS):
-        return UNKNOWN
-    if isinstance(inner, float) and inner.is_integer():
-        return int(inner)
-    return inner
-
-
-def plain_map(values: Mapping[str, PropertyValue]) -> dict[str, Any]:
-    """Return the values that are there; the protocol spells an absent one as null."""
-    return {key: item for key, value in values.items() if (item := plain(value)) is not None}
-
-
-def marked(value: Any, *, secret: bool = False) -> PropertyValue:
-    """Return a Python value as the engine's."""
-    if isinstance(value, Mapping):
-        return PropertyValue({key: marked(item) for key, item in value.items()}, is_secret=secret)
-    if isinstance(value, (list, tuple)):
-        return PropertyValue([marked(item) for item in value], is_secret=secret)
-    return PropertyValue(float(value) if type(value) is int else value, is_secret=secret)
-
-
-def unknown(value: Any) -> bool:
-    """Tell whether a plain value, or anything inside it, is not known before the update."""
-    if isinstance(value, Mapping):
-        return any(unknown(item) for item in value.values())
-    if isinstance(value, list):
-        return any(unknown(item) for item in value)
-    return value is UNKNOWN
-
-
 def type_token(urn: str) -> str:
     return urn.split("::")[2].split("$")[-1]
 
@@ -163,12 +105,14 @@ class Servicer(provider_pb2_grpc.ResourceProviderServicer):
         return {**inputs, **made}
 
     def Handshake(self, request: Any, context: Any) -> Any:
-        return provider_pb2.ProviderHandshakeResponse(
-            accept_secrets=True, accept_resources=True, accept_outputs=True, supports_autonaming_configuration=False
-        )
+        return provider_pb2.ProviderHandshakeResponse(accept_secrets=True)
 
     def GetPluginInfo(self, request: Any, context: Any) -> Any:
-        return plugin_pb2.PluginInfo(version=version(f"pulumi-{self._package}"))
+        package = find_spec(f"pulumi_{self._package}")  # found, not imported
+        assert package is not None
+        assert package.origin is not None
+        described = json.loads((Path(package.origin).parent / "pulumi-plugin.json").read_text())
+        return plugin_pb2.PluginInfo(version=described["version"])
 
     def CheckConfig(self, request: Any, context: Any) -> Any:
         return provider_pb2.CheckResponse(inputs=request.news)
@@ -177,7 +121,7 @@ class Servicer(provider_pb2_grpc.ResourceProviderServicer):
         return provider_pb2.DiffResponse(changes=provider_pb2.DiffResponse.DIFF_NONE)
 
     def Configure(self, request: Any, context: Any) -> Any:
-        return provider_pb2.ConfigureResponse(acceptSecrets=True, supportsPreview=True, acceptResources=True, acceptOutputs=True)
+        return provider_pb2.ConfigureResponse(acceptSecrets=True, supportsPreview=True)
 
     def Check(self, request: Any, context: Any) -> Any:
         kind = self._type(request.urn, context)

@@ -27,22 +27,10 @@ from urllib.parse import quote
 import grpc
 import yaml
 from google.protobuf import empty_pb2
-from pulumi.provider.experimental.property_value import PropertyValue
-from pulumi.runtime.proto import provider_pb2
 
-from toolchain.providers.base import (
-    UNKNOWN,
-    InitializationError,
-    ProviderError,
-    Reported,
-    ResourceType,
-    Servicer,
-    marked,
-    plain_map,
-    serve,
-    type_token,
-    unknown,
-)
+from toolchain.protocol import provider_pb2
+from toolchain.providers.base import InitializationError, ProviderError, Reported, ResourceType, Servicer, serve, type_token
+from toolchain.providers.values import UNKNOWN, PropertyValue, marked, plain_map, unknown
 
 Object = dict[str, Any]
 Steps = tuple[str | int, ...]
@@ -268,15 +256,13 @@ def autonamed(
 
 def _mapping(value: PropertyValue) -> Mapping[str, PropertyValue] | None:
     inner = value.value
-    if isinstance(inner, PropertyValue):
-        return _mapping(inner)
     if inner is None:
         return {}
     return inner if isinstance(inner, Mapping) else None
 
 
 def _with(original: PropertyValue, fields: Mapping[str, PropertyValue]) -> PropertyValue:
-    return PropertyValue(dict(fields), is_secret=original.is_secret, dependencies=original.dependencies)
+    return PropertyValue(dict(fields), is_secret=original.is_secret)
 
 
 # --- Values ----------------------------------------------------------------------------------------------------------
@@ -287,13 +273,11 @@ def with_secrets(value: Any, pattern: PropertyValue | None) -> PropertyValue:
     if pattern is None or not pattern.contains_secret():
         return marked(value)
     inner = pattern.value
-    if isinstance(inner, PropertyValue) and not pattern.is_secret:
-        return with_secrets(value, inner)
     if not pattern.is_secret and isinstance(inner, Mapping) and isinstance(value, Mapping):
         return PropertyValue({key: with_secrets(item, inner.get(key)) for key, item in value.items()})
-    same = isinstance(inner, (list, tuple)) and isinstance(value, list) and len(inner) == len(value)
+    same = isinstance(inner, list) and isinstance(value, list) and len(inner) == len(value)
     if not pattern.is_secret and same:
-        return PropertyValue([with_secrets(item, part) for item, part in zip(value, inner, strict=True)])  # type: ignore[arg-type]
+        return PropertyValue([with_secrets(item, part) for item, part in zip(value, inner, strict=True)])
     return marked(value, secret=True)  # a list that the server has changed: one of its items may be the secret one
 
 
