@@ -11,8 +11,8 @@ import pulumi_command as command
 from settings import CephHost, SshHost, Storage
 
 SCRIPT = Path("hosts/rbd.py")
-DIAL_ATTEMPTS = 3
-DIAL_SECONDS = 10
+DIAL_ATTEMPTS = 2
+DIAL_SECONDS = 30
 
 
 class RbdVolume(pulumi.ComponentResource):

@@ -50,6 +50,7 @@ FILESYSTEM = "private-registry.filesystem"  # of an image that is formatted here
 DELETING = "private-registry.deleting"
 MIB = 1 << 20
 CONNECT_SECONDS = 10
+STORE_SECONDS = 60
 COMMAND_SECONDS = 300
 LOCK_SECONDS = 60
 # The kubelet lets go of the device a while after the pod is gone; a dead client's watch ends after 30 s.
@@ -79,6 +80,7 @@ def run(*command: str) -> str:
     program, rest = command[0], list(command[1:])
     if program == "rbd":
         rest += ["--rados_mon_op_timeout", str(CONNECT_SECONDS), "--client_mount_timeout", str(CONNECT_SECONDS)]
+        rest += ["--rados_osd_op_timeout", str(STORE_SECONDS)]
     if program == "ceph":
         rest = ["--connect-timeout", str(CONNECT_SECONDS), *rest]
     name = " ".join(command[:3])
@@ -99,10 +101,11 @@ def run(*command: str) -> str:
     said = " / ".join(line for line in (done.stderr or done.stdout).strip().splitlines()[-3:])
     lower = said.lower()
     shut_out = "permission denied" in lower or "no keyring" in lower or "handle_auth_bad_method" in lower
+    silent = done.returncode == errno.ETIMEDOUT or "timed out" in lower or "error connecting to the cluster" in lower
+    if silent and not shut_out:
+        refuse("unreachable", "Ceph does not answer this host (%s): see whether its monitors run, then `ceph -s`." % said)
     if shut_out or done.returncode in (errno.EACCES, errno.EPERM):
         refuse("not-allowed", "Ceph does not let this host in (%s): it needs /etc/ceph with an admin's key." % said)
-    if done.returncode == errno.ETIMEDOUT or "timed out" in lower or "error connecting to the cluster" in lower:
-        refuse("unreachable", "Ceph does not answer this host (%s): see whether its monitors run, then `ceph -s`." % said)
     raise FailedError(name, done.returncode, said)
 
 
@@ -170,16 +173,16 @@ class Image:
 
 
 def check_pool(pool: str) -> bool:
-    """Return whether the pool can be written to.
+    """Return whether the pool is full.
 
-    A write to a full pool does not fail; it waits for room, and nothing would say so.
+    What writes to a full pool does not fail; it waits for room, and nothing would say so. To open an image is such a write.
     """
     pools = {entry["pool_name"]: entry for entry in parsed("ceph", "osd", "pool", "ls", "detail")}
     if pool not in pools:
         refuse(
             "no-pool", "Ceph has no pool %s, only %s: correct storage.rbd.pool, or make it." % (pool, ", ".join(sorted(pools)))
         )
-    return "full" not in pools[pool]["flags_names"].replace("nearfull", "")
+    return "full" in pools[pool]["flags_names"].replace("nearfull", "")
 
 
 @contextlib.contextmanager
@@ -202,19 +205,20 @@ def locked(pool: str, image: str) -> Iterator[None]:
 
 def ensure(arguments: argparse.Namespace) -> None:
     """Make the image where it is missing, make it the stack's own, grow it, and format it if this is asked for."""
-    with_room = check_pool(arguments.pool)
+    if check_pool(arguments.pool):
+        refuse("full", "The pool %s is full: make room or raise its quota, see `ceph df`." % arguments.pool)
     with locked(arguments.pool, arguments.image):
         image = Image(arguments.pool, arguments.image)
         done = []  # type: List[str]
         blank = False
         if image.info is None:
-            blank = create(image, arguments.size_mib, with_room=with_room)
+            blank = create(image, arguments.size_mib)
             done.append("created")
         take(image, arguments.owner, adopt=arguments.adopt, blank=blank)
         enable_lock(image)
-        if grow(image, arguments.size_mib, with_room=with_room):
+        if grow(image, arguments.size_mib):
             done.append("grown")
-        if arguments.format == "host" and format_on_host(image, blank=blank, with_room=with_room):
+        if arguments.format == "host" and format_on_host(image, blank=blank):
             done.append("formatted")
         assert image.info is not None
         print(
@@ -229,7 +233,7 @@ def ensure(arguments: argparse.Namespace) -> None:
         )
 
 
-def create(image: Image, size_mib: int, *, with_room: bool) -> bool:
+def create(image: Image, size_mib: int) -> bool:
     """Create the image, and return whether it was this run that did."""
     trashed = [entry for entry in parsed("rbd", "trash", "list", image.pool) or [] if entry["name"] == image.name]
     if trashed:
@@ -238,8 +242,6 @@ def create(image: Image, size_mib: int, *, with_room: bool) -> bool:
             "%s is in the trash: restore it with `rbd trash restore %s/%s`, or remove it for good with `rbd trash rm --force "
             "%s/%s`." % (image.spec, image.pool, trashed[0]["id"], image.pool, trashed[0]["id"]),
         )
-    if not with_room:
-        refuse("full", "The pool %s is full: make room or raise its quota, see `ceph df`." % image.pool)
     try:
         run("rbd", "create", image.spec, "--size", "%dM" % size_mib, "--image-feature", ",".join(FEATURES))
     except FailedError as error:
@@ -299,7 +301,7 @@ def enable_lock(image: Image) -> None:
         image.read()
 
 
-def grow(image: Image, size_mib: int, *, with_room: bool) -> bool:
+def grow(image: Image, size_mib: int) -> bool:
     """Grow the image, which may be in use; return whether it had to be."""
     wanted = size_mib * MIB
     if image.size > wanted:
@@ -310,14 +312,12 @@ def grow(image: Image, size_mib: int, *, with_room: bool) -> bool:
         )
     if image.size == wanted:
         return False
-    if not with_room:
-        refuse("full", "The pool %s is full: make room or raise its quota before the image grows, see `ceph df`." % image.pool)
     run("rbd", "resize", image.spec, "--size", "%dM" % size_mib, "--no-progress")
     image.read()
     return True
 
 
-def format_on_host(image: Image, *, blank: bool, with_room: bool) -> bool:
+def format_on_host(image: Image, *, blank: bool) -> bool:
     """Put a filesystem on an image that holds nothing; return whether that was done."""
     state = image.marks().get(FILESYSTEM)
     if state == "ext4":
@@ -333,8 +333,6 @@ def format_on_host(image: Image, *, blank: bool, with_room: bool) -> bool:
     watchers = image.watchers()
     if watchers:
         refuse_in_use(image, watchers, "it has to be formatted first")
-    if not with_room:
-        refuse("full", "The pool %s is full: make room or raise its quota before the image is formatted." % image.pool)
     blank = blank or (state is None and image.is_blank())
     if blank:
         image.mark(FILESYSTEM, "formatting")
@@ -441,10 +439,13 @@ def release(arguments: argparse.Namespace) -> None:
 
 def status(arguments: argparse.Namespace) -> None:
     """Print what there is to know of the image, and change nothing."""
-    with_room = check_pool(arguments.pool)
+    is_full = check_pool(arguments.pool)
     image = Image(arguments.pool, arguments.image)
     if image.info is None:
-        print(json.dumps({"exists": False, "poolIsFull": not with_room}))
+        print(json.dumps({"exists": False, "poolIsFull": is_full}))
+        return
+    if is_full:
+        print(json.dumps({"exists": True, "poolIsFull": True}))
         return
     marks = image.marks()
     locks = parsed("rbd", "lock", "list", image.spec) or []
@@ -459,7 +460,7 @@ def status(arguments: argparse.Namespace) -> None:
                 "watchers": image.watchers(),
                 "lockOwners": [lock["address"] for lock in locks],
                 "blocklisted": blocklisted(),
-                "poolIsFull": not with_room,
+                "poolIsFull": False,
             }
         )
     )

@@ -9,6 +9,14 @@ import yaml
 from tests.engine.stack import Stack
 
 # What the stack says, and what the message must have: the value, the rule, the mend.
+
+
+def rbd(**values: Any) -> dict[str, Any]:
+    """Return a stack in a cluster with an RBD image that has these settings."""
+    image = {"monitors": ["10.149.149.2:6789"], "driver": "in-tree", **values}
+    return {"target": "kubernetes", "image": {"pushTo": "hub.example.com"}, "storage": {"rbd": image}}
+
+
 MALFORMED: dict[str, tuple[dict[str, Any], tuple[str, str, str]]] = {
     "hostname in capitals": (
         {"hostname": "Registry.docker"},
@@ -158,6 +166,38 @@ MALFORMED: dict[str, tuple[dict[str, Any], tuple[str, str, str]]] = {
         {"target": "kubernetes", "image": {"nodes": [{"address": "node1"}]}},
         ("hostKey", "must be there", "write it"),
     ),
+    "RBD image without a monitor": (rbd(monitors=[]), ("monitors is []", "one monitor or more", "write all")),
+    "monitor without its port": (rbd(monitors=["10.0.0.2"]), ("10.0.0.2", "a monitor's address and port", "10.149.149.2:6789")),
+    "monitor named twice": (rbd(monitors=["a:6789", "a:6789"]), ("monitors is", "each once", "write all")),
+    "RBD image of no size": (rbd(sizeMiB=0), ("sizeMiB is 0", "MiB from 64", "write one such as 1024000")),
+    "RBD size with a unit": (rbd(sizeMiB="1000G"), ("sizeMiB", "must be a whole number", "without quotes")),
+    "pool in the image's name": (rbd(image="rbd/registry"), ("rbd/registry", "letters, digits", "write one such as")),
+    "admin as the Ceph user": (rbd(user="admin"), ("admin", "may do everything", "write one such as registry")),
+    "Ceph user with its prefix": (rbd(user="client.registry"), ("client.registry", 'without \\"client.', "write one such as")),
+    "Ceph host without its host key": (rbd(host={"address": "ceph1"}), ("host.hostKey", "must be there", "write it")),
+    "Ceph host without a key to log in": (
+        rbd(host={"address": "ceph1", "hostKey": "ssh-ed25519 AAAA"}),
+        ("sshPrivateKey must be set exactly where", "storage.rbd.host", "set it with"),
+    ),
+    "csi without its cluster": (rbd(driver="csi"), ("storage.rbd", "must come with csi.clusterId", "write it")),
+    "in-tree with csi": (rbd(driver="in-tree", csi={"clusterId": "a"}), ("storage.rbd", "contradicts csi", "leave one")),
+    "inline with csi": (
+        rbd(mount="inline", csi={"clusterId": "a"}),
+        ("mount: inline", "in-tree driver only", "leave mount or csi"),
+    ),
+    "RBD image and claim": (
+        {**rbd(), "storage": {**rbd()["storage"], "claim": {"sizeGiB": 5}}},
+        ("storage", "rbd contradicts claim", "leave one"),
+    ),
+    "trash without an RBD image": (
+        {"storage": {"onDestroy": "trash"}},
+        ("onDestroy: trash", "must come with rbd", "write keep or delete"),
+    ),
+    "RBD image on Docker": (
+        {"storage": rbd()["storage"]},
+        ("storage.rbd is set", "target: kubernetes", "remove it"),
+    ),
+    "misspelled RBD setting": (rbd(sizeMib=5), ("sizeMib is not a setting", "rbd has monitors", "correct or remove sizeMib")),
     "users in plain text": (
         {"users": {"alice": "secret-password"}},
         ("users is in plain text", "must be encrypted", "--secret"),
@@ -177,6 +217,16 @@ SECRETS: dict[str, tuple[dict[str, str], dict[str, Any], tuple[str, str, str]]] 
     "user name with a colon": ({'users["a:b"]': "long enough"}, {}, ("'a:b'", "letters, digits", "rename it")),
     "key that is none": ({"sshPrivateKey": "x"}, {}, ("sshPrivateKey cannot be read", "without a passphrase", "whole text")),
     "key for no node": ({"sshPrivateKey": "x"}, {}, ("sshPrivateKey must be set exactly where", "image.nodes", "remove it")),
+    "Ceph key with the end of a line's worth of more": (
+        {"cephKey": "key = AQCpPwprpSfWMhAAHD456IoPDGdUoQof0lI0KA=="},
+        rbd(),
+        ("cephKey cannot be read", "key alone", "print-key"),
+    ),
+    "Ceph key without an RBD image": (
+        {"cephKey": "AQCpPwprpSfWMhAAHD456IoPDGdUoQof0lI0KA=="},
+        {},
+        ("cephKey is set", "must come with storage.rbd", "remove it"),
+    ),
     "users where all are let in": (
         {"users.alice": "long enough"},
         {"access": {"anonymous": True}},

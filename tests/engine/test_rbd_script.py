@@ -16,7 +16,8 @@ import pytest
 from hosts.rbd import EXIT_CODES
 from lab.ceph import Ceph
 
-SCRIPT = (Path(__file__).parent.parent.parent / "hosts/rbd.py").read_text()
+FILE = Path(__file__).parent.parent.parent / "hosts/rbd.py"
+SCRIPT = FILE.read_text()
 OWNER = "private-registry/test"
 # Runs the script on standard input, and ends it at the Nth moment: before and after each command that changes something, or,
 # for EVERY_LINE, at each line that is reached for the first time. Its children end too, or not. With a number that is never
@@ -66,13 +67,10 @@ class Host:
 
     def start(self, verb: str, *arguments: str, owner: str = OWNER) -> subprocess.Popen[str]:
         words = self._words(verb, arguments, owner)
-        process = subprocess.Popen(
-            [sys.executable, "-", *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=self.environment, text=True
-        )
-        assert process.stdin is not None
-        process.stdin.write(SCRIPT)
-        process.stdin.close()
-        return process
+        with FILE.open() as script:
+            return subprocess.Popen(
+                [sys.executable, "-", *words], stdin=script, stdout=subprocess.PIPE, env=self.environment, text=True
+            )
 
     def killed(self, at: int, verb: str, *arguments: str, group: bool) -> subprocess.CompletedProcess[str]:
         how = "group" if group else "alone"
@@ -439,7 +437,6 @@ def test_a_full_pool_takes_no_new_image_and_grows_none(tmp_path: Path) -> None:
         assert json.loads(host.run("status").stdout)["poolIsFull"] is True
         assert "is full" in host.refused("full", "ensure", "--size-mib", "128", "--format", "mount")
         assert "is full" in Host(own).refused("full", "ensure", "--size-mib", "64", "--format", "mount")
-        assert host.ensure()["done"] == []
     finally:
         writer.kill()
         writer.wait()
