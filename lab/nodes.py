@@ -165,6 +165,9 @@ class NodeLab(Cluster):
 
     def thaw(self, number: int) -> None:
         """Let a node that was frozen go on."""
+        # What entered the box for it has stopped with it.
+        if (pid := self.control().program(f"node{number}").pid) is not None:
+            os.kill(pid, signal.SIGCONT)
         self._signal(number, signal.SIGCONT)
 
     def reboot(self, number: int) -> None:
