@@ -16,7 +16,8 @@ from typing import Any, Self
 
 import httpx
 
-from lab.nodes import CEPH_HOST, NODES, LabError, NodeLab
+from lab.debian import LabError
+from lab.nodes import CEPH_HOST, NODES, NodeLab
 from tests.engine.stack import ROOT, Stack
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
