@@ -293,8 +293,18 @@ class RegistryWorkload(pulumi.ComponentResource):
                         "capabilities": {"drop": ["ALL"]},
                     },
                     # TCP only: storage that stalls must not restart the registry, which would not mend it.
-                    "liveness_probe": {"tcp_socket": {"port": PORT}, "period_seconds": 10},
-                    "readiness_probe": {"http_get": {"path": "/", "port": PORT, "scheme": "HTTPS"}, "period_seconds": 1},
+                    # Patient, as a node that is busy answers late: a restart would only add to its work.
+                    "liveness_probe": {
+                        "tcp_socket": {"port": PORT},
+                        "period_seconds": 10,
+                        "timeout_seconds": 5,
+                        "failure_threshold": 6,
+                    },
+                    "readiness_probe": {
+                        "http_get": {"path": "/", "port": PORT, "scheme": "HTTPS"},
+                        "period_seconds": 1,
+                        "timeout_seconds": 5,
+                    },
                 }
             ],
             "volumes": [

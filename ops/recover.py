@@ -165,7 +165,8 @@ def _undo(operation: dict[str, Any], resources: list[dict[str, Any]]) -> str:
     if kind not in ("creating", "updating", "deleting"):
         return "it changes nothing"
     again = "the next `pulumi up` does it again"
-    if resource["type"] == COMMAND:
+    # What was asked of an RBD image is never undone: all images are in it. The script ends what it began when it runs again.
+    if resource["type"] == COMMAND and "RbdVolume$" not in resource["urn"]:
         before = next((entry for entry in resources if entry["urn"] == resource["urn"]), resource)
         inputs = before["inputs"] if kind == "updating" else resource["inputs"]
         command = inputs.get("update", inputs.get("create")) if kind == "updating" else inputs.get("delete")

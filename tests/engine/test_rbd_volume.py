@@ -209,6 +209,28 @@ def test_without_a_host_the_machine_that_runs_pulumi_is_the_ceph_host(tmp_path: 
     assert ceph_host.logins == before
 
 
+@pytest.mark.parametrize("kind", ["creating", "updating", "deleting"])
+def test_recover_never_undoes_what_was_asked_of_the_image(stack: VolumeStack, ceph: Ceph, kind: str) -> None:
+    stack.settings["storage"]["onDestroy"] = "delete"
+    stack.set_rbd(host=None)
+    stack.pulumi("config", "rm", "private-registry:sshPrivateKey", "--stack", stack.name)
+    stack.environment.update(ceph.environment)
+    stack.up(*TARGET)
+    identifier = stack.image()["id"]
+    # As a run leaves the state that was killed while the command ran.
+    file = stack.folder / f"state/.pulumi/stacks/private-registry/{stack.name}.json"
+    state = json.loads(file.read_text())
+    resources = state["checkpoint"]["latest"]["resources"]
+    (volume,) = [entry for entry in resources if entry["urn"].endswith("command:local:Command::volume")]
+    state["checkpoint"]["latest"]["pending_operations"] = [{"resource": volume, "type": kind}]
+    file.write_text(json.dumps(state))
+    said = stack.ops("recover").stdout
+    assert "Command volume was cut off" in said
+    assert stack.image()["id"] == identifier
+    stack.up(*TARGET)
+    assert stack.image()["id"] == identifier
+
+
 def test_the_image_is_formatted_on_the_host_on_request(stack: VolumeStack) -> None:
     stack.set_rbd(format="host")
     stack.up(*TARGET)
