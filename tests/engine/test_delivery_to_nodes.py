@@ -11,8 +11,8 @@ pytestmark = pytest.mark.xdist_group("kubernetes")
 
 
 @pytest.fixture(scope="module")
-def ssh(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeSsh]:
-    made = NodeSsh(cluster, tmp_path_factory.mktemp("ssh"))
+def ssh(lab_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeSsh]:
+    made = NodeSsh(lab_cluster, tmp_path_factory.mktemp("ssh"))
     yield made
     made.close()
 
