@@ -27,7 +27,7 @@ class Requests:
     """A request every 50 ms, and the longest time in which none was answered."""
 
     def __init__(self, stack: KubernetesStack) -> None:
-        self._url = f"https://{stack.cluster.node_address(1)}:{stack.port}/"
+        self._url = f"https://{stack.node_addresses()[0]}:{stack.port}/"
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run)
         self.gap = 0.0
@@ -119,7 +119,7 @@ def main(runs: Annotated[int, typer.Option(help="Runs of each kind.")] = 5) -> N
             cluster.up(nodes=2)
             hub = Hub(docker.from_env(), cluster)
             try:
-                with new_kubernetes_stack(sub_folder(folder, "stack"), cluster, hub) as stack:
+                with new_kubernetes_stack(sub_folder(folder, "stack"), cluster, hub.address) as stack:
                     _measure(stack, folder, runs, table)
             finally:
                 hub.close()

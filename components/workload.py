@@ -220,8 +220,9 @@ class RegistryWorkload(pulumi.ComponentResource):
             metadata=self._metadata("-images"),
             spec={
                 "access_modes": ["ReadWriteOnce"],
-                "storage_class_name": claim.class_name,
                 "resources": {"requests": {"storage": f"{claim.size_gib}Gi"}},
+                # Left out, not null: null would take the default class away from a claim that is taken up again.
+                **({} if claim.class_name is None else {"storage_class_name": claim.class_name}),
             },
             opts=pulumi.ResourceOptions(
                 parent=self,
@@ -477,7 +478,7 @@ class RegistryWorkload(pulumi.ComponentResource):
             f"{self._name}-ingress",
             metadata=self._metadata(annotations=annotations),
             spec={
-                "ingress_class_name": ingress.class_name,
+                **({} if ingress.class_name is None else {"ingress_class_name": ingress.class_name}),
                 "tls": [{"hosts": [ingress.host], "secret_name": ingress.tls_secret}],
                 "rules": [{"host": ingress.host, "http": {"paths": [{"path": "/", "path_type": "Prefix", "backend": backend}]}}],
             },

@@ -16,6 +16,7 @@ from lab import dockerd
 from lab.ceph import Ceph
 from lab.kubernetes import Cluster
 from lab.sshd import SshServer
+from tests.engine.given_cluster import KUBECONFIG, GivenCluster, given_cluster, given_registry
 from tests.engine.kubernetes_stack import Hub, KubernetesStack, new_kubernetes_stack
 from tests.engine.stack import Stack
 
@@ -80,8 +81,11 @@ def running(tmp_path_factory: pytest.TempPathFactory, daemon: docker.DockerClien
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory, docker_host: str) -> Iterator[Cluster]:
-    """The lab's Kubernetes with two nodes, of the tests' own."""
+def cluster(tmp_path_factory: pytest.TempPathFactory, docker_host: str) -> Iterator[Cluster | GivenCluster]:
+    """The lab's Kubernetes with two nodes, of the tests' own; or a cluster that the developer gave."""
+    if given := given_cluster():
+        yield given
+        return
     made = Cluster(tmp_path_factory.mktemp("cluster") / "lab")
     try:
         made.up(nodes=2)
@@ -109,20 +113,34 @@ def ceph_host(ceph: Ceph, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 @pytest.fixture(scope="session")
-def hub(daemon: docker.DockerClient, cluster: Cluster) -> Iterator[Hub]:
+def lab_cluster(cluster: Cluster | GivenCluster) -> Cluster:
+    """The cluster of a test that needs more of it than its API, so that it must be the lab's."""
+    if not isinstance(cluster, Cluster):
+        pytest.skip(f"changes files on the nodes or kinds of the whole cluster, which must be the lab's: unset {KUBECONFIG}")
+    return cluster
+
+
+@pytest.fixture(scope="session")
+def hub(daemon: docker.DockerClient, cluster: Cluster | GivenCluster) -> Iterator[str]:
+    """The address of a registry from which the nodes pull the registry's own image."""
+    if not isinstance(cluster, Cluster):
+        yield given_registry()
+        return
     made = Hub(daemon, cluster)
-    yield made
+    yield made.address
     made.close()
 
 
 @pytest.fixture
-def in_cluster(tmp_path: Path, cluster: Cluster, hub: Hub) -> Iterator[KubernetesStack]:
+def in_cluster(tmp_path: Path, cluster: Cluster | GivenCluster, hub: str) -> Iterator[KubernetesStack]:
     with new_kubernetes_stack(tmp_path, cluster, hub) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
-def running_in_cluster(tmp_path_factory: pytest.TempPathFactory, cluster: Cluster, hub: Hub) -> Iterator[KubernetesStack]:
+def running_in_cluster(
+    tmp_path_factory: pytest.TempPathFactory, cluster: Cluster | GivenCluster, hub: str
+) -> Iterator[KubernetesStack]:
     """A registry that is up in the cluster, shared by the tests of a file that do not change it."""
     with new_kubernetes_stack(tmp_path_factory.mktemp("running"), cluster, hub) as made:
         made.up()

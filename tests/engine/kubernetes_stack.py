@@ -1,4 +1,4 @@
-"""A stack with the registry in the lab's Kubernetes: a namespace and a node port of its own, and a hub to be pushed to."""
+"""A stack with the registry in a cluster: a namespace and a node port of its own, and a hub to be pushed to."""
 
 import contextlib
 import json
@@ -15,6 +15,7 @@ import docker
 import httpx
 
 from lab.kubernetes import Cluster
+from tests.engine.given_cluster import GivenCluster
 from tests.engine.stack import ROOT, Stack
 
 TIMEOUT_SECONDS = 120
@@ -47,7 +48,7 @@ class Hub:
 
 
 class KubernetesStack(Stack):
-    def __init__(self, name: str, folder: Path, cluster: Cluster, hub: Hub, *, node_port: int) -> None:
+    def __init__(self, name: str, folder: Path, cluster: Cluster | GivenCluster, hub: str, *, node_port: int) -> None:
         super().__init__(name, folder, port=node_port)
         self.cluster = cluster
         self.settings = {
@@ -61,8 +62,8 @@ class KubernetesStack(Stack):
                 "readyTimeoutSeconds": 60,
                 "tolerationSeconds": 5,
             },
-            "storage": {"claim": {"className": name, "sizeGiB": 1}},
-            "image": {"repository": f"test/{name}", "pushTo": hub.address},
+            "storage": {"claim": {"sizeGiB": 1}},
+            "image": {"repository": f"test/{name}", "pushTo": hub},
             "trust": {"docker": True},
         }
         self.environment["KUBECONFIG"] = str(cluster.kubeconfig)
@@ -70,12 +71,13 @@ class KubernetesStack(Stack):
         self.namespace = f"/api/v1/namespaces/{name}"
         body = {"metadata": {"name": name}}
         self.api.post("/api/v1/namespaces", json=body).raise_for_status()
-        self._make_volume(name)
-        self._trust_script("install", RESOLVE_TO=cluster.node_address(1), TRUST_DOCKER="no")
+        if isinstance(cluster, Cluster):
+            self.settings["storage"]["claim"]["className"] = name
+            self._make_volume(name, cluster.folder / "volumes" / name)
+        self._trust_script("install", RESOLVE_TO=self.node_addresses()[0], TRUST_DOCKER="no")
 
-    def _make_volume(self, name: str) -> None:
+    def _make_volume(self, name: str, folder: Path) -> None:
         """Make a volume for the stack's claim: a folder that both nodes see, for the registry's user."""
-        folder = self.cluster.folder / "volumes" / name
         folder.mkdir(parents=True)
         os.chown(folder, 1000, 1000)
         spec = {
@@ -98,6 +100,12 @@ class KubernetesStack(Stack):
     def get(self, path: str) -> Any:
         """Return an object of the stack's namespace, such as ``pods`` or ``services/registry``."""
         return self.api.get(f"{self.namespace}/{path}").raise_for_status().json()
+
+    def node_addresses(self) -> list[str]:
+        """Return the addresses of all nodes of the cluster."""
+        nodes = self.api.get("/api/v1/nodes").raise_for_status().json()["items"]
+        found = [entry for node in nodes for entry in node["status"]["addresses"]]
+        return [entry["address"] for entry in found if entry["type"] == "InternalIP"]
 
     def pods(self) -> list[Any]:
         """Return the registry's pods that are not on their way out."""
@@ -123,7 +131,8 @@ class KubernetesStack(Stack):
         """Ask for the end of all that the stack has; the cluster does the rest in its own time."""
         with contextlib.suppress(httpx.HTTPError):
             self.api.delete(self.namespace)
-            self.api.delete(f"/api/v1/persistentvolumes/{self.name}")
+            if isinstance(self.cluster, Cluster):
+                self.api.delete(f"/api/v1/persistentvolumes/{self.name}")
         self.api.close()
         self._trust_script("remove")
 
@@ -139,7 +148,7 @@ _ports = iter(range(30100 + os.getpid() % 20 * 100, 32500))
 
 
 @contextlib.contextmanager
-def new_kubernetes_stack(folder: Path, cluster: Cluster, hub: Hub) -> Iterator[KubernetesStack]:
+def new_kubernetes_stack(folder: Path, cluster: Cluster | GivenCluster, hub: str) -> Iterator[KubernetesStack]:
     stack = KubernetesStack(f"k{uuid.uuid4().hex[:10]}", folder, cluster, hub, node_port=next(_ports))
     try:
         yield stack

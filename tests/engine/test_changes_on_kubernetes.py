@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from lab.kubernetes import Cluster
 from tests.engine.kubernetes_stack import KubernetesStack, wait_for
 from tests.engine.stack import kill
 
@@ -106,11 +107,11 @@ def test_a_controller_that_was_deleted_is_made_again(registry: KubernetesStack) 
 
 
 def test_an_image_that_cannot_be_pulled_is_told_by_the_pods_events_and_the_old_pod_serves_on(
-    registry: KubernetesStack,
+    registry: KubernetesStack, lab_cluster: Cluster
 ) -> None:
     before = registry.pod_name()
     kept = dict(registry.settings["image"])
-    hosts = list(registry.cluster.folder.glob(f"node*/certs.d/{kept['pushTo']}/hosts.toml"))
+    hosts = list(lab_cluster.folder.glob(f"node*/certs.d/{kept['pushTo']}/hosts.toml"))
     contents = {file: file.read_text() for file in hosts}
     for file in hosts:
         file.write_text('server = "http://127.0.0.1:1"\n')

@@ -14,13 +14,13 @@ pytestmark = pytest.mark.xdist_group("kubernetes")
 
 
 @pytest.fixture(scope="module")
-def servers(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[SshServer]]:
+def servers(lab_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[SshServer]]:
     """An SSH server in each node, as a user's nodes have one, with one key that may log in."""
     folder = tmp_path_factory.mktemp("ssh")
     with contextlib.ExitStack() as opened:
         yield [
             opened.enter_context(
-                SshServer(folder, address=cluster.node_address(number), port=2222, inside=cluster.node(number).inside())
+                SshServer(folder, address=lab_cluster.node_address(number), port=2222, inside=lab_cluster.node(number).inside())
             )
             for number in (1, 2)
         ]

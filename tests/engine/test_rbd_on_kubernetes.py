@@ -15,7 +15,7 @@ import pytest
 from lab.ceph import Ceph
 from lab.kubernetes import Cluster
 from lab.sshd import SshServer
-from tests.engine.kubernetes_stack import Hub, KubernetesStack, new_kubernetes_stack, wait_for
+from tests.engine.kubernetes_stack import KubernetesStack, new_kubernetes_stack, wait_for
 
 pytestmark = pytest.mark.xdist_group("kubernetes")
 TABLE = (Path(__file__).parent.parent.parent / "docs/changes.md").read_text().split("## On a Ceph RBD image")[1]
@@ -42,8 +42,8 @@ ELSEWHERE = {
 
 
 @contextlib.contextmanager
-def rbd_stack(folder: Path, cluster: Cluster, hub: Hub, ceph: Ceph, ceph_host: SshServer) -> Iterator[KubernetesStack]:
-    with new_kubernetes_stack(folder, cluster, hub) as made:
+def rbd_stack(folder: Path, lab_cluster: Cluster, hub: str, ceph: Ceph, ceph_host: SshServer) -> Iterator[KubernetesStack]:
+    with new_kubernetes_stack(folder, lab_cluster, hub) as made:
         image = {"monitors": [ceph.monitor], "image": made.name, "sizeMiB": 64, "user": made.name, "host": ceph_host.settings}
         made.settings["storage"] = {"rbd": image}
         made.set("kubernetes", readyTimeoutSeconds=15)
@@ -53,10 +53,10 @@ def rbd_stack(folder: Path, cluster: Cluster, hub: Hub, ceph: Ceph, ceph_host: S
 
 @pytest.fixture(scope="module")
 def waiting(
-    tmp_path_factory: pytest.TempPathFactory, cluster: Cluster, hub: Hub, ceph: Ceph, ceph_host: SshServer
+    tmp_path_factory: pytest.TempPathFactory, lab_cluster: Cluster, hub: str, ceph: Ceph, ceph_host: SshServer
 ) -> Iterator[KubernetesStack]:
     """A stack whose pod waits for its volume, shared by the tests that do not change it."""
-    with rbd_stack(tmp_path_factory.mktemp("waiting"), cluster, hub, ceph, ceph_host) as made:
+    with rbd_stack(tmp_path_factory.mktemp("waiting"), lab_cluster, hub, ceph, ceph_host) as made:
         run = made.up(check=False)
         assert run.returncode != 0
         yield made
@@ -124,8 +124,10 @@ def test_verify_says_which_machine_a_waiting_pod_waits_for(waiting: KubernetesSt
     assert "ceph osd blocklist add 127.0.0.1:0/" in said
 
 
-def test_verify_says_that_an_image_is_gone(tmp_path: Path, cluster: Cluster, hub: Hub, ceph: Ceph, ceph_host: SshServer) -> None:
-    with rbd_stack(tmp_path, cluster, hub, ceph, ceph_host) as stack:
+def test_verify_says_that_an_image_is_gone(
+    tmp_path: Path, lab_cluster: Cluster, hub: str, ceph: Ceph, ceph_host: SshServer
+) -> None:
+    with rbd_stack(tmp_path, lab_cluster, hub, ceph, ceph_host) as stack:
         stack.up(check=False)
         ceph.rbd("rm", f"rbd/{stack.name}")
         said = stack.ops("verify", check=False).stdout
@@ -134,9 +136,9 @@ def test_verify_says_that_an_image_is_gone(tmp_path: Path, cluster: Cluster, hub
 
 
 def test_growing_is_the_image_and_the_volumes_capacity(
-    tmp_path: Path, cluster: Cluster, hub: Hub, ceph: Ceph, ceph_host: SshServer
+    tmp_path: Path, lab_cluster: Cluster, hub: str, ceph: Ceph, ceph_host: SshServer
 ) -> None:
-    with rbd_stack(tmp_path, cluster, hub, ceph, ceph_host) as stack:
+    with rbd_stack(tmp_path, lab_cluster, hub, ceph, ceph_host) as stack:
         stack.up(check=False)
         before = persistent_volume(stack)["metadata"]["uid"]
         stack.settings["storage"]["rbd"]["sizeMiB"] = 128

@@ -32,11 +32,11 @@ def test_a_second_up_changes_nothing(running_in_cluster: KubernetesStack) -> Non
     assert running_in_cluster.pod_name() == before
 
 
-def test_a_push_and_a_pull_go_through_every_nodes_port(running_in_cluster: KubernetesStack, cluster: Cluster) -> None:
+def test_a_push_and_a_pull_go_through_every_nodes_port(running_in_cluster: KubernetesStack) -> None:
     assert running_in_cluster.push_image("hello") == running_in_cluster.pull_image("hello")
     with running_in_cluster.client() as client:
-        for node in (1, 2):
-            url = f"https://{cluster.node_address(node)}:{running_in_cluster.port}/v2/hello/tags/list"
+        for node in running_in_cluster.node_addresses():
+            url = f"https://{node}:{running_in_cluster.port}/v2/hello/tags/list"
             answer = client.get(url, extensions={"sni_hostname": running_in_cluster.hostname})
             assert answer.json()["tags"] == ["1"]
 
@@ -48,16 +48,16 @@ def test_verify_goes_through_with_the_daemon_too(running_in_cluster: KubernetesS
 
 
 def test_a_kubelet_pulls_from_the_registry_over_verified_tls_with_the_pull_secret(
-    in_cluster: KubernetesStack, cluster: Cluster
+    in_cluster: KubernetesStack, lab_cluster: Cluster
 ) -> None:
     in_cluster.set("kubernetes", pullSecretNamespaces=[in_cluster.name])
     in_cluster.up()
     in_cluster.push_image("app")
     authority = in_cluster.outputs()["authorityCertificate"]
-    for hosts_file in cluster.folder.glob("node*/hosts"):
+    for hosts_file in lab_cluster.folder.glob("node*/hosts"):
         with hosts_file.open("a") as lines:
-            lines.write(f"{cluster.node_address(1)} {in_cluster.hostname}\n")
-    for folder in cluster.folder.glob("node*/certs.d"):
+            lines.write(f"{lab_cluster.node_address(1)} {in_cluster.hostname}\n")
+    for folder in lab_cluster.folder.glob("node*/certs.d"):
         (folder / in_cluster.address).mkdir()
         (folder / in_cluster.address / "ca.crt").write_text(authority)
         server = f"https://{in_cluster.address}"
@@ -152,7 +152,9 @@ def test_an_ingress_takes_bodies_of_any_size_with_its_own_certificate(in_cluster
     assert in_cluster.preview("--expect-no-changes").returncode == 0
 
 
-def test_monitoring_without_the_operator_is_told_and_with_it_has_metrics_and_alerts(in_cluster: KubernetesStack) -> None:
+def test_monitoring_without_the_operator_is_told_and_with_it_has_metrics_and_alerts(
+    in_cluster: KubernetesStack, lab_cluster: Cluster
+) -> None:
     in_cluster.set("kubernetes", monitoring={"namespace": "monitoring"})
     failed = in_cluster.up(check=False)
     assert failed.returncode != 0
