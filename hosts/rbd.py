@@ -214,6 +214,7 @@ def ensure(arguments: argparse.Namespace) -> None:
         if image.info is None:
             blank = create(image, arguments.size_mib)
             done.append("created")
+        check_suitable(image, arguments.size_mib)
         take(image, arguments.owner, adopt=arguments.adopt, blank=blank)
         enable_lock(image)
         if grow(image, arguments.size_mib):
@@ -253,6 +254,23 @@ def create(image: Image, size_mib: int) -> bool:
     return True
 
 
+def check_suitable(image: Image, size_mib: int) -> None:
+    """Refuse, before anything changes, what cannot be mounted or would lose data."""
+    if "journaling" in image.features:
+        refuse(
+            "unsuitable",
+            "%s has the feature journaling, with which no kernel maps it: disable it with `rbd feature disable %s journaling`."
+            % (image.spec, image.spec),
+        )
+    if image.size > size_mib * MIB:
+        size = -(-image.size // MIB)
+        refuse(
+            "shrink",
+            "%s has %d MiB: an image is never shrunk to %d MiB, as that cuts off data; set storage.rbd.sizeMiB to %d or more."
+            % (image.spec, size, size_mib, size),
+        )
+
+
 def take(image: Image, owner: str, *, adopt: bool, blank: bool) -> None:
     """Make sure that the image is the stack's own, or make it so where that takes nothing from anybody."""
     marks = image.marks()
@@ -286,13 +304,7 @@ def take(image: Image, owner: str, *, adopt: bool, blank: bool) -> None:
 
 
 def enable_lock(image: Image) -> None:
-    """Make sure of the features without which a failover is not safe, or no kernel maps the image."""
-    if "journaling" in image.features:
-        refuse(
-            "unsuitable",
-            "%s has the feature journaling, with which no kernel maps it: disable it with `rbd feature disable %s journaling`."
-            % (image.spec, image.spec),
-        )
+    """Make sure of the feature without which a failover is not safe."""
     if "exclusive-lock" not in image.features:
         watchers = image.watchers()
         if watchers:
@@ -303,14 +315,7 @@ def enable_lock(image: Image) -> None:
 
 def grow(image: Image, size_mib: int) -> bool:
     """Grow the image, which may be in use; return whether it had to be."""
-    wanted = size_mib * MIB
-    if image.size > wanted:
-        refuse(
-            "shrink",
-            "%s has %d MiB: an image is never shrunk to %d MiB, as that cuts off data; set storage.rbd.sizeMiB to %d or more."
-            % (image.spec, -(-image.size // MIB), size_mib, -(-image.size // MIB)),
-        )
-    if image.size == wanted:
+    if image.size == size_mib * MIB:
         return False
     run("rbd", "resize", image.spec, "--size", "%dM" % size_mib, "--no-progress")
     image.read()
