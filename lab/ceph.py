@@ -45,13 +45,8 @@ STORE_SECONDS = 60
 COMMAND_SECONDS = 60
 END_SECONDS = 20
 
-_CONFIGURATION = """[global]
-fsid = {fsid}
-mon initial members = a
-mon host = [v2:127.0.0.1:{v2},v1:127.0.0.1:{v1}]
-public addr = 127.0.0.1
-cluster addr = 127.0.0.1
-auth cluster required = cephx
+# What a cluster of the lab says whatever it is made of; to be formatted with its folder.
+COMMON = """auth cluster required = cephx
 auth service required = cephx
 auth client required = cephx
 auth allow insecure global id reclaim = false
@@ -74,7 +69,14 @@ mon data avail crit = 0
 # Making a cluster is a dozen proposals; each would wait for a second.
 paxos propose interval = 0.05
 paxos min wait = 0.01
-
+"""
+_CONFIGURATION = """[global]
+fsid = {fsid}
+mon initial members = a
+mon host = [v2:127.0.0.1:{v2},v1:127.0.0.1:{v1}]
+public addr = 127.0.0.1
+cluster addr = 127.0.0.1
+{common}
 [mon]
 mon data = {folder}/{MONITOR}
 mon cluster log to file = false
@@ -295,8 +297,11 @@ class Ceph:
         (self.folder / "ports").write_text(f"{v1} {v2}")
         size = self.size_mib * 2**20
         names = {"MONITOR": MONITOR, "STORE": STORE}
-        self.conf.write_text(_CONFIGURATION.format(folder=self.folder, fsid=fsid, v1=v1, v2=v2, size=size, **names))
-        self._make_keys()
+        common = COMMON.format(folder=self.folder)
+        self.conf.write_text(
+            _CONFIGURATION.format(folder=self.folder, common=common, fsid=fsid, v1=v1, v2=v2, size=size, **names)
+        )
+        make_keyrings(self.folder)
         monitors = str(self.folder / "monitors")
         addresses = f"[v2:127.0.0.1:{v2},v1:127.0.0.1:{v1}]"
         run(["monmaptool", "--create", "--fsid", fsid, "--addv", "a", addresses, monitors])
@@ -312,18 +317,6 @@ class Ceph:
         self._await_store()
         self.rbd("pool", "init", self.pool)
         self._made.write_text(self._settings)
-
-    def _make_keys(self) -> None:
-        everything = [part for service in ("mon", "osd", "mgr") for part in ("--cap", service, "allow *")]
-        administrator, store = str(self.folder / "keyring"), str(self.folder / STORE / "keyring")
-        run(["ceph-authtool", "--create-keyring", administrator, "--gen-key", "-n", "client.admin", *everything])
-        may = ["--cap", "mon", "allow profile osd", "--cap", "osd", "allow *"]
-        run(["ceph-authtool", "--create-keyring", store, "--gen-key", "-n", "osd.0", *may])
-        # What the monitor begins with: its own key, and the others'.
-        first = str(self.folder / "first-keyring")
-        run(["ceph-authtool", "--create-keyring", first, "--gen-key", "-n", "mon.", "--cap", "mon", "allow *"])
-        for keyring in (administrator, store):
-            run(["ceph-authtool", first, "--import-keyring", keyring])
 
     def _start(self, name: str, *command: str) -> None:
         self._process(name).start([*command, "-f", "-c", str(self.conf)], self._log(name))
@@ -373,6 +366,20 @@ class Ceph:
         if there:
             shutil.rmtree(self.folder)
         return there
+
+
+def make_keyrings(folder: Path) -> None:
+    """Make the keys of a cluster in its folder: the administrator's, the store's, and all of them for the first monitor."""
+    everything = [part for service in ("mon", "osd", "mgr") for part in ("--cap", service, "allow *")]
+    administrator, store = str(folder / "keyring"), str(folder / STORE / "keyring")
+    run(["ceph-authtool", "--create-keyring", administrator, "--gen-key", "-n", "client.admin", *everything])
+    may = ["--cap", "mon", "allow profile osd", "--cap", "osd", "allow *"]
+    run(["ceph-authtool", "--create-keyring", store, "--gen-key", "-n", "osd.0", *may])
+    # What the monitor begins with: its own key, and the others'.
+    first = str(folder / "first-keyring")
+    run(["ceph-authtool", "--create-keyring", first, "--gen-key", "-n", "mon.", "--cap", "mon", "allow *"])
+    for keyring in (administrator, store):
+        run(["ceph-authtool", first, "--import-keyring", keyring])
 
 
 def _install() -> None:

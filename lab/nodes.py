@@ -26,6 +26,7 @@ import httpx
 from lab.archive import write_image
 from lab.authority import Authority
 from lab.boxes import ENVIRONMENT, Box, run
+from lab.ceph import COMMON, make_keyrings
 from lab.debian import LabError, install
 from lab.kubernetes import PAUSE_IMAGE, SERVER_SECONDS, Cluster, _answers, _progress, prepare
 from toolchain.programs import CACHE, ROOT
@@ -58,26 +59,7 @@ fsid = {fsid}
 mon initial members = a b c
 mon host = {monitors}
 public network = {network}.0.0/24
-auth cluster required = cephx
-auth service required = cephx
-auth client required = cephx
-auth allow insecure global id reclaim = false
-keyring = {folder}/keyring
-admin socket =
-run dir = {folder}
-crash dir = {folder}
-osd pool default size = 1
-osd pool default min size = 1
-osd pool default pg num = 8
-osd pool default pg autoscale mode = off
-osd crush chooseleaf type = 0
-mon allow pool size one = true
-mon warn on pool no redundancy = false
-mon data avail warn = 1
-mon data avail crit = 0
-paxos propose interval = 0.05
-paxos min wait = 0.01
-
+{common}
 [mon]
 mon data = {folder}/mon-$id
 mon cluster log to file = false
@@ -276,18 +258,13 @@ class NodeLab(Cluster):
                 monitors=" ".join(addresses.values()),
                 network=self.network,
                 folder=folder,
+                common=COMMON.format(folder=folder),
                 store=STORE_ADDRESS,
                 size=STORE_MIB << 20,
             )
         )
-        administrator, keyring, first = str(folder / "keyring"), str(folder / "store/keyring"), str(folder / "first-keyring")
-        everything = [part for service in ("mon", "osd", "mgr") for part in ("--cap", service, "allow *")]
-        run(["ceph-authtool", "--create-keyring", administrator, "--gen-key", "-n", "client.admin", *everything])
-        may = ["--cap", "mon", "allow profile osd", "--cap", "osd", "allow *"]
-        run(["ceph-authtool", "--create-keyring", keyring, "--gen-key", "-n", "osd.0", *may])
-        run(["ceph-authtool", "--create-keyring", first, "--gen-key", "-n", "mon.", "--cap", "mon", "allow *"])
-        for other in (administrator, keyring):
-            run(["ceph-authtool", first, "--import-keyring", other])
+        make_keyrings(folder)
+        first = str(folder / "first-keyring")
         added = [word for name, address in addresses.items() for word in ("--addv", name, address)]
         run(["monmaptool", "--create", "--fsid", fsid, *added, str(folder / "monitors")])
         for name in MONITORS:
