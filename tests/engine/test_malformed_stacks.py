@@ -108,7 +108,7 @@ MALFORMED: dict[str, tuple[dict[str, Any], tuple[str, str, str]]] = {
         ('"provided"', "secret providedCertificate", "set it"),
     ),
     "anonymous as a text": ({"access": {"anonymous": "yes"}}, ('"yes"', "true or false", "without quotes")),
-    "unknown fate of the images": ({"storage": {"onDestroy": "maybe"}}, ('"maybe"', "'keep' or 'delete'", "write one")),
+    "unknown fate of the images": ({"storage": {"onDestroy": "maybe"}}, ('"maybe"', "'keep', 'trash' or 'delete'", "write one")),
     "protected and deleted": (
         {"storage": {"protect": True, "onDestroy": "delete"}},
         ("protect: true", "contradict each other", "leave one"),
@@ -173,7 +173,7 @@ MALFORMED: dict[str, tuple[dict[str, Any], tuple[str, str, str]]] = {
     "RBD size with a unit": (rbd(sizeMiB="1000G"), ("sizeMiB", "must be a whole number", "without quotes")),
     "pool in the image's name": (rbd(image="rbd/registry"), ("rbd/registry", "letters, digits", "write one such as")),
     "admin as the Ceph user": (rbd(user="admin"), ("admin", "may do everything", "write one such as registry")),
-    "Ceph user with its prefix": (rbd(user="client.registry"), ("client.registry", 'without \\"client.', "write one such as")),
+    "Ceph user with its prefix": (rbd(user="client.registry"), ("client.registry", "a Ceph user without", "write one such as")),
     "Ceph host without its host key": (rbd(host={"address": "ceph1"}), ("host.hostKey", "must be there", "write it")),
     "Ceph host without a key to log in": (
         rbd(host={"address": "ceph1", "hostKey": "ssh-ed25519 AAAA"}),
