@@ -182,7 +182,7 @@ MALFORMED: dict[str, tuple[dict[str, Any], tuple[str, str, str]]] = {
     "csi without its cluster": (rbd(driver="csi"), ("storage.rbd", "must come with csi.clusterId", "write it")),
     "in-tree with csi": (rbd(driver="in-tree", csi={"clusterId": "a"}), ("storage.rbd", "contradicts csi", "leave one")),
     "inline with csi": (
-        rbd(mount="inline", csi={"clusterId": "a"}),
+        rbd(driver="auto", mount="inline", csi={"clusterId": "a"}),
         ("mount: inline", "in-tree driver only", "leave mount or csi"),
     ),
     "RBD image and claim": (
