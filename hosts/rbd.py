@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Any, Dict, Iterator, List, NoReturn
+from typing import Any, Dict, Iterator, List, NoReturn, Optional
 
 EXIT_CODES = {
     "no-program": 10,
@@ -53,8 +53,14 @@ CONNECT_SECONDS = 10
 STORE_SECONDS = 60
 COMMAND_SECONDS = 300
 LOCK_SECONDS = 60
+# Another host that creates the image right now has its name for an instant before there is anything to read.
+CREATE_SECONDS = 5
 # The kubelet lets go of the device a while after the pod is gone; a dead client's watch ends after 30 s.
 RELEASE_SECONDS = 90
+# Each object of a large image costs a millisecond or more; a store that is silent ends them too, after STORE_SECONDS.
+LONG_COMMANDS = ("rm", "diff")
+# What is open in every program that is started here: see `locked`.
+kept_open = []  # type: List[int]
 
 
 def refuse(kind: str, sentence: str) -> NoReturn:
@@ -92,13 +98,16 @@ def run(*command: str) -> str:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             universal_newlines=True,
-            timeout=COMMAND_SECONDS,
+            timeout=None if rest[0] in LONG_COMMANDS else COMMAND_SECONDS,
+            pass_fds=kept_open,
         )
     except subprocess.TimeoutExpired:
         refuse("unreachable", "`%s` has had no answer for %d s: see `ceph -s` on this host." % (name, COMMAND_SECONDS))
     if done.returncode == 0:
         return done.stdout
     said = " / ".join(line for line in (done.stderr or done.stdout).strip().splitlines()[-3:])
+    if program not in ("rbd", "ceph"):  # their codes mean something else
+        raise FailedError(name, done.returncode, said)
     lower = said.lower()
     shut_out = "permission denied" in lower or "no keyring" in lower or "handle_auth_bad_method" in lower
     silent = done.returncode == errno.ETIMEDOUT or "timed out" in lower or "error connecting to the cluster" in lower
@@ -168,7 +177,10 @@ class Image:
         return [
             device["device"]
             for device in found
-            if device["pool"] == self.pool and device.get("name", device.get("image")) == self.name
+            if device["pool"] == self.pool
+            and device.get("name", device.get("image")) == self.name
+            and not device.get("namespace")
+            and device.get("snap", "-") in ("", "-")
         ]
 
 
@@ -182,12 +194,16 @@ def check_pool(pool: str) -> bool:
         refuse(
             "no-pool", "Ceph has no pool %s, only %s: correct storage.rbd.pool, or make it." % (pool, ", ".join(sorted(pools)))
         )
-    return "full" in pools[pool]["flags_names"].replace("nearfull", "")
+    return "full" in pools[pool]["flags_names"].split(",")  # among them is nearfull or backfillfull before that
 
 
 @contextlib.contextmanager
 def locked(pool: str, image: str) -> Iterator[None]:
-    """Let one run at a time work at an image from this host. The lock ends with the process, however it ends."""
+    """Let one run at a time work at an image from this host.
+
+    The lock ends with the process, however it ends, and with the programs that it has started: what outlives a run that was
+    killed would otherwise map the image, or write to it, behind the next one's back.
+    """
     folder = "/run/lock" if os.access("/run/lock", os.W_OK) else tempfile.gettempdir()
     path = "%s/private-registry-%s-%s.lock" % (folder, pool, image)
     with open(path, "a") as lock:
@@ -200,7 +216,11 @@ def locked(pool: str, image: str) -> Iterator[None]:
                 if time.monotonic() > deadline:
                     refuse("busy", "Another run has worked at %s/%s for %d s: wait for it." % (pool, image, LOCK_SECONDS))
                 time.sleep(0.2)
-        yield
+        kept_open.append(lock.fileno())
+        try:
+            yield
+        finally:
+            kept_open.clear()
 
 
 def ensure(arguments: argparse.Namespace) -> None:
@@ -215,12 +235,16 @@ def ensure(arguments: argparse.Namespace) -> None:
             blank = create(image, arguments.size_mib)
             done.append("created")
         check_suitable(image, arguments.size_mib)
-        take(image, arguments.owner, adopt=arguments.adopt, blank=blank)
+        marks = take(image, arguments.owner, adopt=arguments.adopt, blank=blank)
         enable_lock(image)
         if grow(image, arguments.size_mib):
             done.append("grown")
-        if arguments.format == "host" and format_on_host(image, blank=blank):
-            done.append("formatted")
+        if arguments.format == "host":
+            if format_on_host(image, marks.get(FILESYSTEM), blank=blank):
+                done.append("formatted")
+        elif marks.get(FILESYSTEM) == "formatting":
+            # The node that mounts it formats it now. With the mark, what that node writes would be formatted here one day.
+            run("rbd", "image-meta", "remove", image.spec, FILESYSTEM)
         assert image.info is not None
         print(
             json.dumps(
@@ -248,10 +272,25 @@ def create(image: Image, size_mib: int) -> bool:
     except FailedError as error:
         if error.code != errno.EEXIST:
             raise
+        deadline = time.monotonic() + CREATE_SECONDS
         image.read()  # another host was faster
+        while image.info is None:
+            if time.monotonic() > deadline:
+                refuse_remnant(image)
+            time.sleep(0.2)
+            image.read()
         return False
     image.read()
     return True
+
+
+def refuse_remnant(image: Image) -> NoReturn:
+    # Not removed by itself: an image whose header alone was lost looks the same, and its name leads to its data.
+    refuse(
+        "half-deleted",
+        "%s is a name without an image, as its creation or deletion was cut off: end that with `rbd rm %s`, then run this again."
+        % (image.spec, image.spec),
+    )
 
 
 def check_suitable(image: Image, size_mib: int) -> None:
@@ -271,8 +310,8 @@ def check_suitable(image: Image, size_mib: int) -> None:
         )
 
 
-def take(image: Image, owner: str, *, adopt: bool, blank: bool) -> None:
-    """Make sure that the image is the stack's own, or make it so where that takes nothing from anybody."""
+def take(image: Image, owner: str, *, adopt: bool, blank: bool) -> Dict[str, str]:
+    """Make sure that the image is the stack's own, or make it so where that takes nothing from anybody; return its marks."""
     marks = image.marks()
     if DELETING in marks:
         refuse(
@@ -281,7 +320,7 @@ def take(image: Image, owner: str, *, adopt: bool, blank: bool) -> None:
             % (image.spec, image.spec),
         )
     if marks.get(OWNER) == owner:
-        return
+        return marks
     if OWNER in marks:
         refuse(
             "other-stack",
@@ -299,8 +338,10 @@ def take(image: Image, owner: str, *, adopt: bool, blank: bool) -> None:
             "with storage.rbd.adopt: true." % image.spec,
         )
     image.mark(OWNER, owner)
-    if image.marks().get(OWNER) != owner:
+    marks = image.marks()
+    if marks.get(OWNER) != owner:
         refuse("other-stack", "%s was taken by another stack just now: choose another storage.rbd.image." % image.spec)
+    return marks
 
 
 def enable_lock(image: Image) -> None:
@@ -322,9 +363,8 @@ def grow(image: Image, size_mib: int) -> bool:
     return True
 
 
-def format_on_host(image: Image, *, blank: bool) -> bool:
+def format_on_host(image: Image, state: Optional[str], *, blank: bool) -> bool:
     """Put a filesystem on an image that holds nothing; return whether that was done."""
-    state = image.marks().get(FILESYSTEM)
     if state == "ext4":
         return False
     for program in ("mkfs.ext4", "blkid", "blockdev", "e2fsck"):
@@ -407,12 +447,22 @@ def refuse_in_use(image: Image, watchers: List[str], why: str) -> NoReturn:
 
 def release(arguments: argparse.Namespace) -> None:
     """Move the stack's image to the trash, or delete it."""
-    check_pool(arguments.pool)
+    is_full = check_pool(arguments.pool)
     with locked(arguments.pool, arguments.image):
         image = Image(arguments.pool, arguments.image)
+        if image.info is None and image.name in parsed("rbd", "ls", image.pool):
+            image.read()  # another host may have made it just now
+            if image.info is None:
+                refuse_remnant(image)
         if image.info is None:
             print(json.dumps({"done": [], "said": "%s is not there" % image.spec}))
             return
+        if is_full:
+            refuse(
+                "full",
+                "The pool %s is full, so that %s cannot even be removed: raise its quota or, for a moment, `ceph osd "
+                "set-full-ratio`, then run this again." % (image.pool, image.spec),
+            )
         owner = image.marks().get(OWNER)
         if owner != arguments.owner:
             print(json.dumps({"done": [], "said": "%s is left alone: it belongs to %s" % (image.spec, owner or "no stack")}))

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -113,6 +114,19 @@ class Host:
 
     def marks(self) -> Any:
         return json.loads(self.rbd("image-meta", "list", self.spec, "--format", "json") or "{}")
+
+    def rados(self, *arguments: str) -> None:
+        """Change the objects of which images are made, as a command that was cut off leaves them."""
+        subprocess.run(["rados", "-p", self.pool, *arguments], env=self.environment, check=True, capture_output=True)
+
+    def put_before(self, folder: Path, program: str, script: str) -> None:
+        """Let a shell script be a program of the host's; in it, REAL is the program that it stands before."""
+        real = shutil.which(program, path=self.environment["PATH"])
+        assert real is not None
+        folder.mkdir(exist_ok=True)
+        (folder / program).write_text(f"#!/bin/sh\n{script.replace('REAL', real)}\n")
+        (folder / program).chmod(0o755)
+        self.environment["PATH"] = f"{folder}:{self.environment['PATH']}"
 
     def devices(self) -> list[Any]:
         return [entry for entry in json.loads(self.rbd("device", "list", "--format", "json")) if entry["name"] == self.image]
@@ -232,6 +246,51 @@ def test_what_holds_something_unknown_is_never_formatted(host: Host) -> None:
     assert host.devices() == []
 
 
+def test_what_is_not_ext4_is_left_as_it_is(host: Host, tmp_path: Path) -> None:
+    host.ensure()
+    (tmp_path / "data").write_bytes(b"XFSB" + os.urandom((8 << 20) - 4))
+    host.rbd("rm", host.spec, "--no-progress")
+    host.rbd("import", str(tmp_path / "data"), host.spec)
+    said = host.refused("foreign", "ensure", "--size-mib", "8", "--format", "host", "--adopt")
+    assert "holds something that is not a clean ext4" in said
+    host.rbd("export", host.spec, str(tmp_path / "found"))
+    assert (tmp_path / "found").read_bytes() == (tmp_path / "data").read_bytes()
+    assert host.devices() == []
+
+
+def test_a_foreign_ext4_keeps_its_files_when_it_is_adopted_to_be_formatted(host: Host, tmp_path: Path) -> None:
+    host.ensure(form="host")
+    host.write(b"an image", tmp_path)
+    for mark in host.marks():
+        host.rbd("image-meta", "remove", host.spec, mark)
+    host.refused("foreign", "ensure", "--size-mib", "64", "--format", "host")
+    host.ensure(64, "--adopt", form="host")
+    assert host.read(tmp_path) == b"an image"
+
+
+def test_what_a_node_wrote_after_a_cut_off_formatting_is_never_formatted(host: Host, tmp_path: Path) -> None:
+    host.ensure()
+    host.rbd("image-meta", "set", host.spec, "private-registry.filesystem", "formatting")
+    host.ensure()
+    assert host.marks() == {"private-registry.stack": OWNER}
+    device = host.rbd("map", host.spec)
+    subprocess.run(["/sbin/mkfs.ext4", "-q", device], check=True)
+    host.rbd("unmap", device)
+    host.write(b"an image", tmp_path)
+    device = host.rbd("map", host.spec)
+    subprocess.run(["/sbin/debugfs", "-w", "-R", "clri <11>", device], check=True, capture_output=True)  # as after a crash
+    host.rbd("unmap", device)
+    host.refused("foreign", "ensure", "--size-mib", "64", "--format", "host")
+    assert host.read(tmp_path) == b"an image"
+
+
+def test_a_mkfs_that_fails_is_not_taken_for_a_refusal_of_ceph(host: Host, tmp_path: Path) -> None:
+    host.put_before(tmp_path / "bin", "mkfs.ext4", "echo no room >&2; exit 1")
+    said = host.refused("failed", "ensure", "--size-mib", "64", "--format", "host")
+    assert "`mkfs.ext4 -q -F` failed with code 1: no room" in said
+    assert host.devices() == []
+
+
 def test_an_image_with_data_of_someone_else_is_refused_and_adopted_on_request(host: Host, tmp_path: Path) -> None:
     content = os.urandom(64 << 20)
     (tmp_path / "data").write_bytes(content)
@@ -302,6 +361,11 @@ def test_a_host_whose_key_ceph_does_not_know_is_told_so(host: Host, tmp_path: Pa
     )
 
 
+def test_a_host_without_a_key_is_told_so(host: Host, tmp_path: Path) -> None:
+    host.environment["CEPH_ARGS"] = f"--keyring={tmp_path}/none"
+    assert "admin's key" in host.refused("not-allowed", "ensure", "--size-mib", "64", "--format", "mount")
+
+
 def test_an_image_in_the_trash_is_not_made_anew_and_the_sentence_restores_it(host: Host, tmp_path: Path) -> None:
     host.ensure(form="host")
     host.write(b"an image", tmp_path)
@@ -358,6 +422,53 @@ def test_what_is_left_of_a_deletion_is_not_served(host: Host) -> None:
     assert f"end it with `rbd rm {host.spec}`" in host.refused("half-deleted", "ensure", "--size-mib", "64", "--format", "mount")
 
 
+def test_a_release_ends_a_deletion_that_was_cut_off(host: Host) -> None:
+    host.ensure()
+    host.rbd("image-meta", "set", host.spec, "private-registry.deleting", "yes")
+    assert json.loads(host.run("release", "--policy", "delete").stdout)["done"] == ["deleted"]
+    assert not host.exists()
+
+
+@pytest.mark.parametrize("command", ["ensure --size-mib 64 --format mount", "release --policy delete", "release --policy trash"])
+def test_a_name_without_an_image_is_refused_and_the_sentence_removes_it(host: Host, command: str) -> None:
+    host.ensure()
+    host.rados("rm", f"rbd_header.{host.info()['id']}")
+    said = host.refused("half-deleted", *command.split())
+    host.rbd(*said.split("`rbd ")[1].split("`")[0].split())
+    assert not host.exists()
+    assert host.ensure()["done"] == ["created"]
+
+
+def test_an_image_that_another_host_is_just_creating_is_waited_for(host: Host) -> None:
+    host.rados("create", f"rbd_id.{host.image}")
+    run = host.start("ensure", "--size-mib", "64", "--format", "mount")
+    time.sleep(2)  # whether it began before or after, it ends well
+    host.rados("rm", f"rbd_id.{host.image}")
+    host.rbd("create", host.spec, "--size", "64M", "--image-feature", "layering,exclusive-lock")
+    assert run.wait(timeout=60) == 0
+    assert host.marks() == {"private-registry.stack": OWNER}
+
+
+def test_a_map_that_outlives_its_killed_run_leaves_nothing_mapped(host: Host, tmp_path: Path) -> None:
+    begun, ended = tmp_path / "begun", tmp_path / "ended"
+    first = f'touch {begun}; sleep 15; REAL "$@"; touch {ended}; exit'  # longer than a second run needs to end
+    slow = f'if [ "$2" = map ] && [ ! -e {begun} ]; then {first}; fi; exec REAL "$@"'
+    host.put_before(tmp_path / "bin", "rbd", slow)
+    run = host.start("ensure", "--size-mib", "64", "--format", "host")
+    deadline = time.monotonic() + 60
+    while not begun.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    run.kill()
+    run.wait()
+    settled(host, "ensure", "--size-mib", "64", "--format", "host")
+    while not ended.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert host.devices() == []
+    host.check_filesystem()
+
+
 def test_two_runs_at_once_make_one_image(host: Host) -> None:
     runs = [host.start("ensure", "--size-mib", "64", "--format", "host") for _ in range(2)]
     done = [json.loads(run.communicate(timeout=120)[0])["done"] for run in runs]
@@ -398,6 +509,26 @@ def test_the_user_may_do_no_more_than_a_client_of_the_pool(ceph: Ceph) -> None:
     assert found["caps"] == {"mon": "profile rbd", "osd": "profile rbd pool=rbd"}
 
 
+def test_the_user_makes_no_image_in_another_pool(ceph: Ceph, tmp_path: Path) -> None:
+    name, pool = (f"u{uuid.uuid4().hex[:10]}" for _ in range(2))
+    environment = {**os.environ, **ceph.environment}
+    command = [sys.executable, "-", "user", "--pool", "rbd", "--user", name]
+    made = subprocess.run(command, input=SCRIPT, env=environment, capture_output=True, text=True, check=True)
+    (tmp_path / "keyring").write_text(f"[client.{name}]\n\tkey = {made.stdout.strip()}\n")
+
+    def create(spec: str) -> int:
+        rbd = ["rbd", "create", spec, "--size", "8M", "--id", name, "--keyring", str(tmp_path / "keyring")]
+        return subprocess.run(rbd, env=environment, capture_output=True, check=False).returncode
+
+    ceph.ceph("osd", "pool", "create", pool)
+    try:
+        assert create(f"rbd/{name}") == 0
+        assert create(f"{pool}/{name}") != 0
+        assert ceph.rbd("ls", pool) == ""
+    finally:
+        ceph.ceph("osd", "pool", "delete", pool, pool, "--yes-i-really-really-mean-it")
+
+
 def test_a_user_with_other_rights_is_left_as_it_is(ceph: Ceph) -> None:
     command = [sys.executable, "-", "user", "--pool", "rbd", "--user", "admin"]
     done = subprocess.run(
@@ -421,6 +552,23 @@ def test_a_monitor_that_is_down_is_said_within_a_quarter_minute(tmp_path: Path) 
         own.down()
 
 
+def test_a_pool_that_is_only_too_full_to_be_backfilled_takes_images(tmp_path: Path) -> None:
+    own = Ceph(tmp_path / "ceph", size_mib=64)
+    try:
+        own.up()
+        own.ceph("osd", "set-nearfull-ratio", "0.02")
+        own.ceph("osd", "set-backfillfull-ratio", "0.03")
+        (tmp_path / "data").write_bytes(os.urandom(8 << 20))
+        own.rbd("import", str(tmp_path / "data"), "rbd/filler")
+        deadline = time.monotonic() + 60
+        while "backfillfull" not in own.ceph("osd", "pool", "ls", "detail"):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        assert Host(own).ensure()["done"] == ["created"]
+    finally:
+        own.down()
+
+
 def test_a_full_pool_takes_no_new_image_and_grows_none(tmp_path: Path) -> None:
     own = Ceph(tmp_path / "ceph", size_mib=64)
     try:
@@ -437,6 +585,9 @@ def test_a_full_pool_takes_no_new_image_and_grows_none(tmp_path: Path) -> None:
         assert json.loads(host.run("status").stdout)["poolIsFull"] is True
         assert "is full" in host.refused("full", "ensure", "--size-mib", "128", "--format", "mount")
         assert "is full" in Host(own).refused("full", "ensure", "--size-mib", "64", "--format", "mount")
+        for policy in ("trash", "delete"):
+            assert "cannot even be removed" in host.refused("full", "release", "--policy", policy)
+            assert json.loads(Host(own).run("release", "--policy", policy).stdout)["done"] == []
     finally:
         writer.kill()
         writer.wait()
@@ -462,6 +613,9 @@ def settled(host: Host, verb: str, *arguments: str) -> None:
             time.sleep(1)
             done = host.run(verb, *arguments)
     assert done.returncode == 0, done.stderr
+    assert host.devices() == []
+    if verb == "ensure":
+        assert json.loads(host.rbd("lock", "ls", host.spec, "--format", "json") or "[]") == []
 
 
 @pytest.mark.timeout(3600 if EVERY_LINE else 300)
@@ -488,6 +642,7 @@ def test_killed_at_any_moment_of_a_growth_nothing_is_lost(ceph: Ceph, tmp_path: 
         assert host.killed(at, "ensure", *arguments, group=at % 2 == 0).returncode < 0, at
         settled(host, "ensure", *arguments)
         assert host.info()["size"] == 128 << 20, at
+        host.check_filesystem()
         assert host.read(tmp_path) == content, at
 
 
