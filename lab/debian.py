@@ -1,8 +1,10 @@
 """Debian packages that the lab's servers come from."""
 
+import fcntl
 import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 
@@ -23,7 +25,9 @@ def install(packages: tuple[str, ...], log: Path) -> None:
     """
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as output:
+    # Several tests may come here at once, and a second apt-get does not wait for the first.
+    with log.open("w") as output, (Path(tempfile.gettempdir()) / "private-registry-apt.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         for command in (["update"], ["install", "--yes", "--no-install-recommends", *packages]):
             run = subprocess.run(["apt-get", "-q", *command], env=environment, stdout=output, stderr=output, check=False)
             if run.returncode:
