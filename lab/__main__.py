@@ -62,9 +62,10 @@ def up(
 
 @app.command()
 def prepare() -> None:
-    """Install and build what a Kubernetes cluster needs, without starting one: minutes, once."""
+    """Install and build what Kubernetes and Ceph need, without starting them: minutes, once."""
     with _reported():
         kubernetes.prepare()
+        ceph.prepare()
 
 
 @app.command()

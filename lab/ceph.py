@@ -153,12 +153,12 @@ class Ceph:
             LabError: it cannot be had, or one runs there with another pool or size; the text ends with the last lines of
                 the log of what failed.
         """
-        if not can_install():
+        if not canprepare():
             raise LabError("The lab's Ceph runs only for root on Debian.")
         with self._locked(), _progress() as progress:
             task = progress.add_task("")
             progress.update(task, description="installing what is missing")
-            _install()
+            prepare()
             if self._made.exists() and self._process(STORE).pid is not None:
                 if (settings := self._made.read_text()) != self._settings:
                     raise LabError(f"{self.folder} has a Ceph with {settings}, not {self._settings}: end that one first.")
@@ -382,7 +382,12 @@ def make_keyrings(folder: Path) -> None:
         run(["ceph-authtool", first, "--import-keyring", keyring])
 
 
-def _install() -> None:
+def prepare() -> None:
+    """Install what a cluster needs.
+
+    Raises:
+        LabError: it cannot be installed.
+    """
     path = ENVIRONMENT["PATH"]
     if missing := [package for program, package in PACKAGES.items() if shutil.which(program, path=path) is None]:
         install(tuple(missing), ROOT / ".lab/ceph-apt.log")
