@@ -153,7 +153,7 @@ class Ceph:
             LabError: it cannot be had, or one runs there with another pool or size; the text ends with the last lines of
                 the log of what failed.
         """
-        if not canprepare():
+        if not can_install():
             raise LabError("The lab's Ceph runs only for root on Debian.")
         with self._locked(), _progress() as progress:
             task = progress.add_task("")
