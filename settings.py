@@ -8,7 +8,7 @@ import datetime
 import ipaddress
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeGuard, get_args
 
@@ -299,6 +299,10 @@ class SshHost(_Section):
     port: Port = Field(22, description="port of its SSH server")
     user: LoginName = Field("root", description="user to log in as; others than root need sudo without a password")
     host_key: HostKey = Field(description="its host key: without it anyone could answer in its place")
+
+    def as_root(self, arguments: Sequence[str]) -> list[str]:
+        """Return the command that runs a command there as root."""
+        return [*arguments] if self.user == "root" else ["sudo", "-n", *arguments]
 
 
 class Image(_Section):

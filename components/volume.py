@@ -99,8 +99,8 @@ class RbdVolume(pulumi.ComponentResource):
 
 
 def _line(host: CephHost | None, arguments: Sequence[str]) -> str:
-    python = ["python3", "-"] if host is None or host.user == "root" else ["sudo", "-n", "python3", "-"]
-    return shlex.join([*python, *arguments])
+    words = ["python3", "-", *arguments]
+    return shlex.join(words if host is None else host.as_root(words))
 
 
 def _connection(host: CephHost, private_key: pulumi.Output[str]) -> command.remote.ConnectionArgs:

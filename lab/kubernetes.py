@@ -325,6 +325,13 @@ class Cluster:
         _write_private(file, authority.kubeconfig(name, self.server))
         return file
 
+    def _pod_network(self, number: int) -> str:
+        """Return what a node's containerd is told of its pods' network."""
+        ranges = {"type": "host-local", "ranges": [[{"subnet": self._pods(number)}]], "routes": [{"dst": "0.0.0.0/0"}]}
+        bridge = {"type": "bridge", "bridge": "pods", "isGateway": True, "hairpinMode": True, "ipam": ranges}
+        port_map = {"type": "portmap", "capabilities": {"portMappings": True}}
+        return json.dumps({"cniVersion": "0.4.0", "name": "lab", "plugins": [bridge, port_map]})
+
     def _write_configuration(self, number: int, box: Box, authority: Authority) -> None:
         (box.folder / "certs.d").mkdir(exist_ok=True)
         (box.folder / "cni").mkdir(exist_ok=True)
@@ -343,11 +350,7 @@ class Cluster:
       [plugins."io.containerd.grpc.v1.cri".registry]
         config_path = "{box.folder}/certs.d"
     """)
-        ranges = {"type": "host-local", "ranges": [[{"subnet": self._pods(number)}]], "routes": [{"dst": "0.0.0.0/0"}]}
-        bridge = {"type": "bridge", "bridge": "pods", "isGateway": True, "hairpinMode": True, "ipam": ranges}
-        port_map = {"type": "portmap", "capabilities": {"portMappings": True}}
-        network = {"cniVersion": "0.4.0", "name": "lab", "plugins": [bridge, port_map]}
-        (box.folder / "cni/lab.conflist").write_text(json.dumps(network))
+        (box.folder / "cni/lab.conflist").write_text(self._pod_network(number))
         kubelet = {
             "apiVersion": "kubelet.config.k8s.io/v1beta1",
             "kind": "KubeletConfiguration",

@@ -117,7 +117,7 @@ class NodeLab(Cluster):
             self._make_ssh_keys()
             for number in NODES:
                 self._seed(number, authority)
-                self._start_guest(number, guest, fresh=True)
+                self._start_guest(number, guest)
             progress.update(task, description="waiting for the nodes")
             with self.client() as api:
                 for number in NODES:
@@ -139,7 +139,7 @@ class NodeLab(Cluster):
 
     def start(self, number: int) -> None:
         """Start a node that was killed, on a fresh disk: the same machine by name, address and keys."""
-        self._start_guest(number, _guest_image(prepare()), fresh=True)
+        self._start_guest(number, _guest_image(prepare()))
 
     def freeze(self, number: int) -> None:
         """Stop a node in the middle of whatever it does, until it is thawed."""
@@ -301,9 +301,6 @@ class NodeLab(Cluster):
         hosts = "".join(f"{self.node_address(other)} node{other}\n" for other in NODES)
         self._kubeconfig(authority, name, f"system:node:{name}", "system:nodes")
         self._kubeconfig(authority, "kube-proxy", "system:kube-proxy")
-        ranges = {"type": "host-local", "ranges": [[{"subnet": self._pods(number)}]], "routes": [{"dst": "0.0.0.0/0"}]}
-        bridge = {"type": "bridge", "bridge": "pods", "isGateway": True, "hairpinMode": True, "ipam": ranges}
-        port_map = {"type": "portmap", "capabilities": {"portMappings": True}}
         kubelet = {
             "apiVersion": "kubelet.config.k8s.io/v1beta1",
             "kind": "KubeletConfiguration",
@@ -323,7 +320,7 @@ class NodeLab(Cluster):
             "etc/lab/kubelet.kubeconfig": (authority.folder / f"{name}.kubeconfig").read_text(),
             "etc/lab/kube-proxy.kubeconfig": (authority.folder / "kube-proxy.kubeconfig").read_text(),
             "etc/lab/pods": f"{self.network}.128.0/17",
-            "etc/cni/net.d/lab.conflist": json.dumps({"cniVersion": "0.4.0", "name": "lab", "plugins": [bridge, port_map]}),
+            "etc/cni/net.d/lab.conflist": self._pod_network(number),
             "etc/containerd/config.toml": _CONTAINERD.format(pause=PAUSE_IMAGE),
             "etc/ssh/ssh_host_ed25519_key": (self.folder / f"ssh/{name}").read_text(),
             "root/.ssh/authorized_keys": (self.folder / "ssh/client.pub").read_text(),
@@ -341,14 +338,13 @@ class NodeLab(Cluster):
                 entry.mode, entry.size = 0o600, len(text.encode())
                 seed.addfile(entry, io.BytesIO(text.encode()))
 
-    def _start_guest(self, number: int, image: Path, *, fresh: bool) -> None:
+    def _start_guest(self, number: int, image: Path) -> None:
         box, name, folder = self.control(), f"node{number}", self._guest(number)
         if box.program(name).pid is not None:
             return
         disk = folder / "disk.qcow2"
-        if fresh:
-            disk.unlink(missing_ok=True)
-            run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(image / "root.img"), str(disk)])
+        disk.unlink(missing_ok=True)
+        run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(image / "root.img"), str(disk)])
         with contextlib.suppress(LabError):  # it is there after the first start
             run(box.inside("ip", "tuntap", "add", name, "mode", "tap"))
         run(box.inside("ip", "link", "set", name, "master", "nodes", "up"))

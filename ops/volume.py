@@ -112,8 +112,8 @@ def _state(deployed: Deployed) -> dict[str, Any]:
         done = subprocess.run(arguments, input=script, env=os.environ, capture_output=True, text=True, check=False)
         finished = Finished(done.returncode, done.stdout, done.stderr)
     else:
-        line = arguments if deployed.host.user == "root" else ["sudo", "-n", *arguments]
-        finished = run(deployed.host, deployed.private_key, shlex.join(line), stdin=script)
+        line = shlex.join(deployed.host.as_root(arguments))
+        finished = run(deployed.host, deployed.private_key, line, stdin=script)
     if finished.code:
         raise OpsError(finished.stderr.strip() or f"hosts/rbd.py ended with {finished.code}.", "Mend that on the Ceph host.")
     state: dict[str, Any] = json.loads(finished.stdout)
