@@ -158,11 +158,10 @@ class NodeLab(Cluster):
 
     def cut(self, number: int) -> None:
         """Take from a node its way to the cluster's API, and nothing else: it lives, serves and has Ceph."""
-        self.ssh(number, f"iptables -I OUTPUT -d {self.control().address} -p tcp --dport 6443 -j DROP")
-
-    def join(self, number: int) -> None:
-        """Give a node that was cut off its way back."""
-        self.ssh(number, f"iptables -D OUTPUT -d {self.control().address} -p tcp --dport 6443 -j DROP")
+        # Both ways: what the API sends on connections that are open would reach the node without its answers, too.
+        server = f"{self.control().address} -p tcp"
+        rules = f"OUTPUT -d {server} --dport 6443", f"INPUT -s {server} --sport 6443"
+        self.ssh(number, " && ".join(f"iptables -I {rule} -j DROP" for rule in rules))
 
     def _signal(self, number: int, how: signal.Signals) -> None:
         if (pid := self.control().program(f"node{number}").child) is None:

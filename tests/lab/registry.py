@@ -72,7 +72,7 @@ class LabRegistry(Stack):
             "target": "kubernetes",
             "hostname": "registry.test",
             "image": {"repository": "test/lab", "nodes": nodes},
-            "kubernetes": {"cpu": "100m", "memory": "128Mi", "readyTimeoutSeconds": 600, "affinity": {"nodeAffinity": preferred}},
+            "kubernetes": {"cpu": "1", "memory": "128Mi", "readyTimeoutSeconds": 600, "affinity": {"nodeAffinity": preferred}},
             "storage": {
                 "rbd": {"monitors": lab.monitors, "image": name, "sizeMiB": 256, "host": nodes[CEPH_HOST - 1]},
             },

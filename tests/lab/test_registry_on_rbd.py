@@ -9,6 +9,7 @@ from lab.nodes import NodeLab
 from tests.lab.registry import LabRegistry, Pushing, Report, wait_for
 
 FAILOVER_AIM, GROWTH_AIM = 70, 60
+FAILOVER_RUNS = 5
 MOUNTS = pytest.mark.parametrize("mount", ["claim", "inline"])
 
 
@@ -59,9 +60,9 @@ def test_it_grows_while_it_is_pushed_to(registry: LabRegistry, report: list[Repo
     assert pushing.lost(registry.client_at(node)) == []
 
 
-@MOUNTS
+@pytest.mark.parametrize(("mount", "run"), [("inline", 1), *(("claim", run) for run in range(1, FAILOVER_RUNS + 1))])
 def test_a_node_dies_and_the_other_one_serves_all_that_was_acknowledged(
-    registry: LabRegistry, lab: NodeLab, report: list[Report], mount: str, tmp_path: Path
+    registry: LabRegistry, lab: NodeLab, report: list[Report], mount: str, run: int, tmp_path: Path
 ) -> None:
     registry.rbd["mount"] = mount
     registry.up()
@@ -77,8 +78,8 @@ def test_a_node_dies_and_the_other_one_serves_all_that_was_acknowledged(
     try:
         lost = pushing.lost(registry.client_at(2))
         report += [
-            Report(f"node death, {mount}: served from the other node", seconds, FAILOVER_AIM),
-            Report(f"node death, {mount}: lost of {len(pushing.acknowledged)} acknowledged", len(lost), 0, "pushes"),
+            Report(f"node death {run}, {mount}: served from the other node", seconds, FAILOVER_AIM),
+            Report(f"node death {run}, {mount}: lost of {len(pushing.acknowledged)} acknowledged", len(lost), 0, "pushes"),
         ]
         assert lost == []
         assert lab.node_address(1) in lab.ceph("osd", "blocklist", "ls"), "the dead node is shut out"
