@@ -85,6 +85,15 @@ class LabRegistry(Stack):
         section: dict[str, Any] = self.settings["storage"]["rbd"]
         return section
 
+    def up(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Bring it up, and wait until every node's port leads to it: kube-proxy hears of a pod after `pulumi up` does."""
+        run = super().up(*arguments, check=check)
+        if run.returncode == 0:
+            for node in NODES:
+                with contextlib.closing(self.client_at(node)) as client:
+                    wait_for(client.answers, 60)
+        return run
+
     def pods(self) -> list[Any]:
         with contextlib.suppress(httpx.HTTPError):
             items = self.api.get("/api/v1/namespaces/default/pods?labelSelector=k8s-app%3Dregistry").json()["items"]
@@ -203,6 +212,13 @@ class Client:
         for part in (manifest.json()["config"], *manifest.json()["layers"]):
             content = self._send("GET", f"/v2/lab/blobs/{part['digest']}").content
             assert f"sha256:{hashlib.sha256(content).hexdigest()}" == part["digest"]
+
+    def answers(self) -> bool:
+        try:
+            self._send("GET", "/v2/")
+        except httpx.HTTPError:
+            return False
+        return True
 
     def serves(self, digest: str) -> bool:
         try:
