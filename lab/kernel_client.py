@@ -27,7 +27,7 @@ FOLDER_VARIABLE = "RBD_SHIM_DIR"
 REAL = "/usr/bin/rbd"
 # The store holds a client that was killed for alive for half a minute, and another one waits for it.
 START_SECONDS = 60
-END_SECONDS = 20
+END_SECONDS = 60
 
 COMMANDS = {"map": "map", "unmap": "unmap", "list": "list", "ls": "list"}
 # Options without a value; every other one has one: also a setting of Ceph's, such as --client_mount_timeout.
