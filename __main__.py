@@ -24,7 +24,7 @@ users = registry_users(config.get_secret_object("users"), certificate.private_ke
 if stack.target == "docker":
     from components.container import RegistryContainer
 
-    RegistryContainer("registry", stack, image=image.reference, users=users, **certificate.pair)
+    registry: pulumi.Resource = RegistryContainer("registry", stack, image=image.reference, users=users, **certificate.pair)
 else:
     from components.workload import RegistryWorkload
 
@@ -34,7 +34,7 @@ else:
 
         ceph_key = RbdVolume("volume", stack.storage, ssh_private_key=ssh_private_key, ceph_key=config.get_secret("cephKey")).key
         pulumi.export("volume", f"{stack.storage.rbd.pool}/{stack.storage.rbd.image}")
-    RegistryWorkload(
+    registry = RegistryWorkload(
         "registry",
         stack,
         image=image.reference,
@@ -45,10 +45,15 @@ else:
         **certificate.pair,
     )
     pulumi.export("workload", {"namespace": stack.kubernetes.namespace, "name": stack.kubernetes.name})
-if stack.trust.docker or stack.trust.hosts_file:
+    if stack.trust.daemon_set is not None:
+        from components.node_trust import NodeTrust
+
+        with_pull_secret = push_credentials is not None
+        NodeTrust("node-trust", stack, certificate.authority_pem, image=image.reference, with_pull_secret=with_pull_secret)
+if stack.trust.docker or stack.trust.hosts_file or stack.trust.hosts:
     from components.trust import ClientTrust
 
-    ClientTrust("trust", stack, authority_pem=certificate.authority_pem)
+    ClientTrust("trust", stack, certificate.authority_pem, registry=registry, ssh_private_key=ssh_private_key)
 
 pulumi.export("address", stack.address)
 pulumi.export("authorityCertificate", certificate.authority_pem)

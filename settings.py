@@ -33,6 +33,7 @@ DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 CPU_QUANTITY = re.compile(r"[1-9][0-9]*m?|0\.[0-9]{0,2}[1-9]")
 MEMORY_QUANTITY = re.compile(r"[1-9][0-9]*(Mi|Gi|Ti)")
 DOCKER_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{1,127}")
+ABSOLUTE_PATH = re.compile(r"(/[A-Za-z0-9._-]+)+")
 LOGIN_NAME = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
 # RSA is left out: with an RSA host key the SSH library of the official command plugin fails against today's servers.
 HOST_KEY = re.compile(r"(ssh-ed25519|ecdsa-sha2-nistp(256|384|521)) [A-Za-z0-9+/]+={0,2}")
@@ -88,6 +89,14 @@ def _is_monitor(text: str) -> bool:
 
 Hostname = Annotated[str, _rule(_is_hostname, "must be a DNS name in lower case", "write one such as registry.example.com")]
 IpAddress = Annotated[str, _rule(_is_address, "must be an IP address", "write one such as 10.0.0.5")]
+RegistryAddress = Annotated[
+    IpAddress,
+    _rule(
+        lambda text: not ipaddress.ip_address(text).is_unspecified,
+        "must be an address that clients reach",
+        "write one of the registry's, such as 10.0.0.5",
+    ),
+]
 Port = Annotated[int, _rule(lambda port: 1 <= port <= 65535, "must be a port from 1 to 65535", "write one such as 5000")]
 PinnedImage = Annotated[
     str,
@@ -232,6 +241,14 @@ Host = Annotated[
         "write one such as node1.example.com",
     ),
 ]
+AbsolutePath = Annotated[
+    str,
+    _rule(
+        lambda text: bool(ABSOLUTE_PATH.fullmatch(text)) and ".." not in text.split("/"),
+        "must be an absolute path of letters, digits, dots, dashes and underscores",
+        "write one such as /etc/containerd/certs.d",
+    ),
+]
 LoginName = Annotated[str, _rule(lambda text: bool(LOGIN_NAME.fullmatch(text)), "must be a user name", "write one such as root")]
 HostKey = Annotated[
     str,
@@ -249,6 +266,10 @@ RenewalDays = Annotated[
     int,
     _rule(lambda days: 0 <= days <= 7300, "must be a number of days from 0 to 7300", "write one such as 30"),
 ]
+Generation = Annotated[
+    int,
+    _rule(lambda number: 1 <= number <= 1000, "must be a number from 1 to 1000", "write 1, and the next one for a new authority"),
+]
 MemoryMiB = Annotated[
     int,
     _rule(lambda size: 64 <= size <= 1 << 20, "must be a number of MiB from 64 to 1048576", "write one such as 512"),
@@ -257,6 +278,28 @@ MemoryMiB = Annotated[
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, alias_generator=to_camel)
+
+
+class Authority(_Section):
+    """Which of the stack's authorities is used: a new one is trusted by all clients before it signs."""
+
+    generation: Generation = Field(1, description="the authority that signs the server's certificate")
+    trusted: tuple[Generation, ...] = Field((), description="the authorities that clients trust; generation alone if left out")
+
+    @model_validator(mode="after")
+    def _the_one_that_signs_is_trusted(self) -> Self:
+        if self.trusted and self.generation not in self.trusted:
+            raise PydanticCustomError(
+                "rule",
+                "trusted must list generation {generation}, which signs the server's certificate; add it",
+                {"generation": self.generation},
+            )
+        return self
+
+    @property
+    def generations(self) -> list[int]:
+        """The authorities that there are, in their order."""
+        return sorted({self.generation, *self.trusted})
 
 
 class Certificate(_Section):
@@ -268,6 +311,7 @@ class Certificate(_Section):
         "its own authority; provided: both come from the secret providedCertificate",
     )
     validity_days: ValidityDays = Field(365, description="days that the server's certificate is valid")
+    authority: Authority = Authority()
     authority_validity_days: ValidityDays = Field(3650, description="days that the authority is valid")
     renew_before_days: RenewalDays = Field(30, description="days before the end from which on `pulumi up` renews it")
     names: tuple[Hostname, ...] = Field((), description="further DNS names of the server")
@@ -291,6 +335,12 @@ class Certificate(_Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _only_an_authority_has_generations(self) -> Self:
+        if self.mode != "authority" and "authority" in self.model_fields_set:
+            raise PydanticCustomError("rule", "authority must come with mode: authority; leave one of them out", {})
+        return self
+
 
 class SshHost(_Section):
     """A machine that is reached over SSH."""
@@ -303,6 +353,12 @@ class SshHost(_Section):
     def as_root(self, arguments: Sequence[str]) -> list[str]:
         """Return the command that runs a command there as root."""
         return [*arguments] if self.user == "root" else ["sudo", "-n", *arguments]
+
+
+class RemoteHost(SshHost):
+    """A machine that is reached over SSH, directly or through another one."""
+
+    jump: SshHost | None = Field(None, description="machine to reach it through")
 
 
 class Image(_Section):
@@ -390,10 +446,8 @@ class Claim(_Section):
         return self
 
 
-class CephHost(SshHost):
+class CephHost(RemoteHost):
     """A machine with `rbd`, `ceph`, Python 3 and an admin's key in /etc/ceph."""
-
-    jump: SshHost | None = Field(None, description="machine to reach it through")
 
 
 class Csi(_Section):
@@ -477,13 +531,54 @@ class Storage(_Section):
         return self
 
 
-class Trust(_Section):
-    """Clients on the machine that runs Pulumi. Writing their files needs root."""
+class TrustHost(RemoteHost):
+    """A client: a machine whose Docker or containerd trusts the registry."""
 
-    docker: bool = Field(False, description="true: the local Docker daemon trusts the registry's authority")
-    hosts_file: bool = Field(
-        False, description="true: the machine's hosts file gets a line that resolves hostname to container.address"
+    runtime: Literal["docker", "containerd"] = Field(description="what pulls and pushes there")
+    resolve_to: RegistryAddress | None = Field(
+        None, description="an address of the registry: the hosts file gets a line that resolves hostname to it"
     )
+    restart: str | None = Field(
+        None,
+        description="command that restarts containerd, such as `systemctl restart containerd`: only with it, its config_path is "
+        "set where it is empty",
+    )
+
+    @model_validator(mode="after")
+    def _docker_needs_no_restart(self) -> Self:
+        if self.restart is not None and self.runtime == "docker":
+            raise PydanticCustomError("rule", "restart must come with runtime: containerd; leave it out", {})
+        return self
+
+
+class TrustDaemonSet(_Section):
+    """A pod on each node that makes its containerd trust the registry, for nodes that are not reached over SSH."""
+
+    folder: AbsolutePath = Field("/etc/containerd/certs.d", description="the folder that containerd's config_path names")
+    resolve_to: RegistryAddress | None = Field(
+        None, description="an address of the registry: the nodes' hosts files get a line that resolves hostname to it"
+    )
+
+
+class Trust(_Section):
+    """The clients that trust the registry's authority: this machine, which runs Pulumi, and others."""
+
+    docker: bool = Field(False, description="true: the local Docker daemon trusts the registry's authority; needs root")
+    hosts_file: bool = Field(
+        False,
+        description="true: the machine's hosts file gets a line that resolves hostname to container.address; needs root",
+    )
+    hosts: tuple[TrustHost, ...] = Field((), description="other machines whose Docker or containerd trusts it, over SSH")
+    daemon_set: TrustDaemonSet | None = Field(None, description="a pod on each node that makes its containerd trust it")
+
+    @model_validator(mode="after")
+    def _each_host_is_listed_once(self) -> Self:
+        addresses = [host.address for host in self.hosts]
+        if twice := next((address for address in addresses if addresses.count(address) > 1), None):
+            raise PydanticCustomError(
+                "rule", "hosts must list each address once, but has {address} twice; remove one", {"address": twice}
+            )
+        return self
 
 
 class Settings(_Section):
@@ -517,7 +612,7 @@ SECRETS: Mapping[str, str] = {
     "users": "user names and passwords; without them there is one user, admin, whose password is generated",
     "providedCertificate": "PEM texts certificate (with its chain), privateKey and authority, for certificate.mode: provided",
     "pushCredentials": "username and password for image.pushTo",
-    "sshPrivateKey": "private key in PEM or OpenSSH form for image.nodes and storage.rbd.host",
+    "sshPrivateKey": "private key in PEM or OpenSSH form for image.nodes, storage.rbd.host and trust.hosts",
     "cephKey": "key of the Ceph user storage.rbd.user, where the stack is not to make that user",
 }
 _TYPE_RULES = {
@@ -685,6 +780,7 @@ def _of_the_other_target(settings: Settings, sections: Mapping[str, Any]) -> lis
         given += ["image.nodes"] if settings.image.nodes else []
         given += ["storage.claim"] if says("storage", "claim") else []
         given += ["storage.rbd"] if says("storage", "rbd") else []
+        given += ["trust.daemonSet"] if says("trust", "daemonSet") else []
         mend = "set target: kubernetes, or remove it"
     else:
         given = ["container"] if "container" in sections else []
@@ -731,10 +827,10 @@ def _contradictions(settings: Settings, secrets: Mapping[str, Any], faulty: set[
     """Return what does not go together. Sections that are faulty by themselves have their defaults here and are left out."""
     faults = _image_contradictions(settings, secrets, faulty)
     rbd = settings.storage.rbd
-    with_hosts = bool(settings.image.nodes) or (rbd is not None and rbd.host is not None)
-    if not faulty & {"image", "storage"} and with_hosts != ("sshPrivateKey" in secrets):
+    with_hosts = bool(settings.image.nodes or settings.trust.hosts) or (rbd is not None and rbd.host is not None)
+    if not faulty & {"image", "storage", "trust"} and with_hosts != ("sshPrivateKey" in secrets):
         faults.append(
-            f"{PROJECT}:sshPrivateKey must be set exactly where image.nodes or storage.rbd.host is; set it with "
+            f"{PROJECT}:sshPrivateKey must be set exactly where image.nodes, storage.rbd.host or trust.hosts is; set it with "
             f"`pulumi config set --secret {PROJECT}:sshPrivateKey <FILE`, or remove it"
         )
     if "storage" not in faulty and "cephKey" in secrets and rbd is None:
@@ -758,8 +854,22 @@ def _contradictions(settings: Settings, secrets: Mapping[str, Any], faulty: set[
             faults.append(
                 f"{PROJECT}:providedCertificate is set: it must come with certificate.mode: provided; set the mode, or remove it"
             )
-    everywhere = ipaddress.ip_address(settings.container.address).is_unspecified
-    if not faulty & {"trust", "container"} and settings.trust.hosts_file and everywhere:
+    if (
+        not faulty & {"image", "trust"}
+        and settings.trust.daemon_set is not None
+        and not (settings.image.push_to or settings.target == "docker")
+    ):
+        faults.append(
+            f"{PROJECT}:trust.daemonSet is set: it must come with image.pushTo, as every node runs the registry's image; set "
+            "pushTo, or list the nodes in trust.hosts"
+        )
+    published = ipaddress.ip_address(settings.container.address)
+    if not faulty & {"trust", "container"} and settings.trust.hosts and settings.target == "docker" and published.is_loopback:
+        faults.append(
+            f'{PROJECT}:trust.hosts is set: container.address must then be one that they reach, not "'
+            f"{settings.container.address}\"; write one of the Docker host's, or 0.0.0.0"
+        )
+    if not faulty & {"trust", "container"} and settings.trust.hosts_file and published.is_unspecified:
         faults.append(
             f'{PROJECT}:trust.hostsFile is true: container.address must then be one address, not "'
             f'{settings.container.address}", as the line names it; write the address, or leave hostsFile out'

@@ -28,7 +28,7 @@ class RegistryCertificate(pulumi.ComponentResource):
     """
 
     authority_pem: pulumi.Output[str]
-    """What clients have to trust."""
+    """What clients have to trust: one certificate, or several while one authority takes over from another."""
     certificate_pem: pulumi.Output[str]
     """The server's certificate, with its chain if it has one."""
     private_key_pem: pulumi.Output[str]
@@ -74,17 +74,8 @@ class RegistryCertificate(pulumi.ComponentResource):
         self.private_key_pem = key.private_key_pem
 
     def _signed_by_authority(self, name: str, settings: Certificate, hostname: str) -> None:
-        authority_key = self._private_key(f"{name}-authority")
-        authority = tls.SelfSignedCert(
-            f"{name}-authority",
-            private_key_pem=authority_key.private_key_pem,
-            subject=tls.SelfSignedCertSubjectArgs(common_name="Authority of a private registry"),
-            is_ca_certificate=True,
-            set_subject_key_id=True,
-            allowed_uses=AUTHORITY_USES,
-            validity_period_hours=settings.authority_validity_days * 24,
-            opts=pulumi.ResourceOptions(parent=self),
-        )
+        authorities = {generation: self._authority(name, generation, settings) for generation in settings.authority.generations}
+        authority_key, authority = authorities[settings.authority.generation]
         key = self._private_key(f"{name}-server")
         request = tls.CertRequest(
             f"{name}-server",
@@ -105,9 +96,28 @@ class RegistryCertificate(pulumi.ComponentResource):
             early_renewal_hours=settings.renew_before_days * 24,
             opts=pulumi.ResourceOptions(parent=self),
         )
-        self.authority_pem = authority.cert_pem
+        # In the order of their generations, so that clients are not told anew when another one of them begins to sign.
+        trusted = [one.cert_pem for _, one in authorities.values()]
+        self.authority_pem = pulumi.Output.all(*trusted).apply("".join)
         self.certificate_pem = certificate.cert_pem
         self.private_key_pem = key.private_key_pem
+
+    def _authority(self, name: str, generation: int, settings: Certificate) -> tuple[tls.PrivateKey, tls.SelfSignedCert]:
+        """Return an authority's key and certificate. The first one has the name that it had when there was only one."""
+        suffix = "" if generation == 1 else f"-{generation}"
+        key = self._private_key(f"{name}-authority{suffix}")
+        common_name = "Authority of a private registry" + ("" if generation == 1 else f", generation {generation}")
+        certificate = tls.SelfSignedCert(
+            f"{name}-authority{suffix}",
+            private_key_pem=key.private_key_pem,
+            subject=tls.SelfSignedCertSubjectArgs(common_name=common_name),
+            is_ca_certificate=True,
+            set_subject_key_id=True,
+            allowed_uses=AUTHORITY_USES,
+            validity_period_hours=settings.authority_validity_days * 24,
+            opts=pulumi.ResourceOptions(parent=self),
+        )
+        return key, certificate
 
     @property
     def pair(self) -> CertificatePair:

@@ -3,16 +3,14 @@
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pulumi
 import pulumi_command as command
 
-from settings import CephHost, SshHost, Storage
+from components.connection import connection
+from settings import CephHost, Storage
 
 SCRIPT = Path("hosts/rbd.py")
-DIAL_ATTEMPTS = 2
-DIAL_SECONDS = 30
 
 
 class RbdVolume(pulumi.ComponentResource):
@@ -86,7 +84,7 @@ class RbdVolume(pulumi.ComponentResource):
         assert self._ssh_private_key is not None
         return command.remote.Command(
             name,
-            connection=_connection(self._host, self._ssh_private_key),
+            connection=connection(self._host, self._ssh_private_key),
             create=ensure,
             update=ensure,
             delete=release,
@@ -101,26 +99,6 @@ class RbdVolume(pulumi.ComponentResource):
 def _line(host: CephHost | None, arguments: Sequence[str]) -> str:
     words = ["python3", "-", *arguments]
     return shlex.join(words if host is None else host.as_root(words))
-
-
-def _connection(host: CephHost, private_key: pulumi.Output[str]) -> command.remote.ConnectionArgs:
-    # A stack's configuration strips the end of the key's last line, without which it is not read.
-    key = private_key.apply(lambda text: text.rstrip() + "\n")
-    proxy = None
-    if host.jump is not None:
-        proxy = command.remote.ProxyConnectionArgs(**_dial(host.jump), private_key=key)
-    return command.remote.ConnectionArgs(**_dial(host), private_key=key, proxy=proxy)
-
-
-def _dial(host: SshHost) -> dict[str, Any]:
-    return {
-        "host": host.address,
-        "port": host.port,
-        "user": host.user,
-        "host_key": host.host_key,
-        "dial_error_limit": DIAL_ATTEMPTS,
-        "per_dial_timeout": DIAL_SECONDS,
-    }
 
 
 def _hook(name: str, callback: pulumi.ResourceHookFunction) -> pulumi.ResourceHook:

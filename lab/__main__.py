@@ -11,7 +11,7 @@ from rich.console import Console
 from lab import ceph, dockerd, kubernetes
 from lab import nodes as virtual
 from lab.debian import LabError
-from toolchain.programs import ToolchainError
+from toolchain.programs import CONTAINERD, ToolchainError, build
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console(highlight=False, soft_wrap=True)
@@ -62,10 +62,11 @@ def up(
 
 @app.command()
 def prepare() -> None:
-    """Install and build what Kubernetes and Ceph need, without starting them: minutes, once."""
+    """Install and build what the tests' servers need, without starting them: minutes, once."""
     with _reported():
         kubernetes.prepare()
         ceph.prepare()
+        build(CONTAINERD)
 
 
 @app.command()

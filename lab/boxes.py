@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab.debian import LabError
+from lab.debian import PATH, LabError
 
 END_SECONDS = 20
+FIRST_NETWORK, NETWORKS = 150, 90
 LAST_LINES = 5
 CGROUPS = Path("/sys/fs/cgroup")
-# Some of the programs are where only root's PATH looks.
-ENVIRONMENT = {**os.environ, "PATH": os.pathsep.join((*os.get_exec_path(), "/usr/sbin", "/sbin"))}
+ENVIRONMENT = {**os.environ, "PATH": PATH}
 
 # A process writes its own record before it becomes the program, so that none runs that nobody knows of. Its start time
 # is in there because a number alone may by now be another process.
@@ -37,7 +37,7 @@ for folder in /run/containerd /run/netns /var/lib/cni; do
   mkdir -p $folder
   mount -t tmpfs lab $folder
 done
-for folder in /var/lib/kubelet /var/log/pods /var/log/containers; do
+for folder in /var/lib/kubelet /var/log/pods /var/log/containers /etc/containerd/certs.d; do
   mkdir -p $folder "$2$folder"
   mount --bind "$2$folder" $folder
 done
@@ -217,6 +217,19 @@ class Box:
         said = "".join(f"\n{name}: {last_lines(self.log(name))}" for name in ended() or names)
         why = f"{', '.join(ended())} ended" if ended() else f"not within {seconds:g} s"
         raise LabError(f"{self.name}: {what}: {why}{said}")
+
+
+def free_network(first: int) -> str:
+    """Return the first two numbers of addresses that nothing on this machine has, looked for from a place on.
+
+    Raises:
+        LabError: there are none.
+    """
+    for number in range(NETWORKS):
+        network = f"10.{FIRST_NETWORK + (first + number) % NETWORKS}"
+        if not run(["ip", "-4", "route", "show", "root", f"{network}.0.0/16"]).strip():
+            return network
+    raise LabError(f"Every network from 10.{FIRST_NETWORK}.0.0/16 on is another one's on this machine.")
 
 
 def run(command: list[str]) -> str:

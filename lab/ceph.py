@@ -24,7 +24,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from lab import kernel_client
 from lab.boxes import ENVIRONMENT, Recorded, last_lines, megabytes, run, wait
-from lab.debian import LabError, can_install, install
+from lab.debian import LabError, can_install, install_missing
 from toolchain.programs import ROOT
 
 NO_CEPH = "There is no Ceph: python -m lab up ceph"
@@ -388,9 +388,7 @@ def prepare() -> None:
     Raises:
         LabError: it cannot be installed.
     """
-    path = ENVIRONMENT["PATH"]
-    if missing := [package for program, package in PACKAGES.items() if shutil.which(program, path=path) is None]:
-        install(tuple(missing), ROOT / ".lab/ceph-apt.log")
+    install_missing(PACKAGES, ROOT / ".lab/ceph-apt.log")
 
 
 def _is_free(port: int) -> bool:

@@ -5,7 +5,11 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+
+# Some of the programs are where only root's PATH looks.
+PATH = os.pathsep.join((*os.get_exec_path(), "/usr/sbin", "/sbin"))
 
 
 class LabError(Exception):
@@ -15,6 +19,16 @@ class LabError(Exception):
 def can_install() -> bool:
     """Tell whether this is root on Debian, for whom packages are installed without asking."""
     return os.geteuid() == 0 and shutil.which("apt-get") is not None
+
+
+def install_missing(packages: Mapping[str, str], log: Path) -> None:
+    """Install what is missing of programs, given with the package that has each, with apt-get's output in the log.
+
+    Raises:
+        LabError: apt-get failed.
+    """
+    if missing := {package for program, package in packages.items() if shutil.which(program, path=PATH) is None}:
+        install(tuple(sorted(missing)), log)
 
 
 def install(packages: tuple[str, ...], log: Path) -> None:

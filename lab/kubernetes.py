@@ -32,11 +32,10 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from lab.archive import write_image
 from lab.authority import Authority
-from lab.boxes import CGROUPS, ENVIRONMENT, Box, megabytes, run, wait
-from lab.debian import LabError, can_install, install
+from lab.boxes import CGROUPS, ENVIRONMENT, Box, free_network, megabytes, run, wait
+from lab.debian import LabError, can_install, install_missing
 from toolchain.programs import KUBERNETES, ROOT, build
 
-FIRST_NETWORK, NETWORKS = 150, 90
 BRIDGE_ADDRESS = "02:00:00:00:00:02"
 MOST_NODES = 100
 
@@ -228,12 +227,7 @@ class Cluster:
         if self._network.exists():
             return
         first = int(self.name.removeprefix("lab-"), 16)
-        for number in range(NETWORKS):
-            network = f"10.{FIRST_NETWORK + (first + number) % NETWORKS}"
-            if not run(["ip", "-4", "route", "show", "root", f"{network}.0.0/16"]).strip():
-                _write_private(self._network, network)
-                return
-        raise LabError(f"Every network from 10.{FIRST_NETWORK}.0.0/16 on is another one's on this machine.")
+        _write_private(self._network, free_network(first))
 
     def _pods(self, number: int) -> str:
         return f"{self.network}.{128 + number}.0/24"
@@ -333,7 +327,6 @@ class Cluster:
         return json.dumps({"cniVersion": "0.4.0", "name": "lab", "plugins": [bridge, port_map]})
 
     def _write_configuration(self, number: int, box: Box, authority: Authority) -> None:
-        (box.folder / "certs.d").mkdir(exist_ok=True)
         (box.folder / "cni").mkdir(exist_ok=True)
         # The score is one that this root need not have the right to lower.
         (box.folder / "containerd.toml").write_text(f"""version = 2
@@ -348,7 +341,7 @@ class Cluster:
         bin_dir = "/usr/lib/cni"
         conf_dir = "{box.folder}/cni"
       [plugins."io.containerd.grpc.v1.cri".registry]
-        config_path = "{box.folder}/certs.d"
+        config_path = "/etc/containerd/certs.d"
     """)
         (box.folder / "cni/lab.conflist").write_text(self._pod_network(number))
         kubelet = {
@@ -462,7 +455,7 @@ def prepare() -> dict[str, str]:
     """
     if not can_install():
         raise LabError("The lab's Kubernetes runs only for root on Debian.")
-    _install()
+    install_missing(PACKAGES, ROOT / ".lab/kubernetes-apt.log")
     return {program.name: str(build(program)) for program in KUBERNETES}
 
 
@@ -479,12 +472,6 @@ def _import(box: Box, archive: int) -> None:
     done = subprocess.run(command, env=ENVIRONMENT, stdin=archive, capture_output=True, text=True, check=False)
     if done.returncode:
         raise LabError(f"{box.name} does not take the image: {done.stderr.strip()}")
-
-
-def _install() -> None:
-    path = ENVIRONMENT["PATH"]
-    if missing := [package for program, package in PACKAGES.items() if shutil.which(program, path=path) is None]:
-        install(tuple(missing), ROOT / ".lab/kubernetes-apt.log")
 
 
 def _progress() -> Progress:

@@ -27,7 +27,7 @@ from lab.archive import write_image
 from lab.authority import Authority
 from lab.boxes import ENVIRONMENT, Box, run
 from lab.ceph import COMMON, make_keyrings
-from lab.debian import LabError, install
+from lab.debian import LabError, install_missing
 from lab.kubernetes import PAUSE_IMAGE, SERVER_SECONDS, Cluster, _answers, _progress, prepare
 from toolchain.programs import CACHE, ROOT
 
@@ -101,9 +101,7 @@ class NodeLab(Cluster):
         if nodes != len(NODES):
             raise LabError(f"This lab has {len(NODES)} nodes, not {nodes}.")
         binaries = prepare()
-        path = ENVIRONMENT["PATH"]
-        if missing := [package for program, package in PACKAGES.items() if shutil.which(program, path=path) is None]:
-            install(tuple(missing), ROOT / ".lab/nodes-apt.log")
+        install_missing(PACKAGES, ROOT / ".lab/nodes-apt.log")
         with self._locked(), _progress() as progress:
             task = progress.add_task("the guests' image, once")
             guest = _guest_image(binaries)

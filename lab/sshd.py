@@ -57,7 +57,10 @@ class SshServer:
         # `-f /dev/null`: nothing of the machine's own configuration. Of several directives SetEnv only the first counts.
         options = [
             f"HostKey={host_key}",
-            f"AuthorizedKeysFile={self._client}.pub",
+            # By a command, as the file is not to be read by every user who logs in.
+            f"AuthorizedKeysCommand=/bin/cat {self._client}.pub",
+            f"AuthorizedKeysCommandUser={getpass.getuser()}",
+            "AuthorizedKeysFile=none",
             f"ListenAddress={address}",
             f"Port={self.port}",
             "AuthenticationMethods=publickey",

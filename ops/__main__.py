@@ -1,12 +1,17 @@
 """`python -m ops`: the commands, each in a module of its own that is imported when it is needed."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import track
+from rich.table import Table
 
 from ops.stack import OpsError, registry_of
+
+if TYPE_CHECKING:
+    from ops.trust import Hosts
 
 # The library would show the values of all variables with a traceback, and passwords are among them.
 app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -43,6 +48,44 @@ def verify(
             console.print(f"{mark} {result.step:8} {escape(result.said)} [dim]({result.seconds:.2f} s)[/dim]")
     except OpsError as error:
         raise _failed(error) from None
+
+
+@app.command()
+def trust(
+    stack: Stack = "local",
+    fix: Annotated[str | None, typer.Option("--fix", metavar="HOST", help="Install on this host of the stack now.")] = None,
+) -> None:
+    """Show what each host of the stack trusts, and until when; exit 1 where one lacks something."""
+    from ops.trust import Hosts
+
+    try:
+        with console.status(f"asking the stack {stack}"):
+            hosts = Hosts(stack)
+        if fix is not None:
+            with console.status(f"installing on {fix}"):
+                said = hosts.fix(fix)
+            console.print(f"[green]✓[/green] {escape(fix)}: {escape(said)}")
+            return
+        _show_trust(stack, hosts)
+    except OpsError as error:
+        raise _failed(error) from None
+
+
+def _show_trust(stack: str, hosts: "Hosts") -> None:
+    if not len(hosts):
+        console.print(f"The stack {stack} lists no hosts: trust.hosts.")
+        return
+    found = list(track(hosts.trusts(), "asking the hosts", len(hosts), console=console, transient=True))
+    table = Table("", "host", "runtime", "trusts", "until")
+    for one in sorted(found, key=lambda one: one.host):
+        mark = "[green]✓[/green]" if one.mend is None else "[red]✗[/red]"
+        table.add_row(mark, one.host, one.runtime, escape(one.said), str(one.until or ""))
+    console.print(table)
+    lacking = [one for one in found if one.mend is not None]
+    for one in sorted(lacking, key=lambda one: one.host):
+        console.print(f"{one.host}: {one.mend}", markup=False)
+    if lacking:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -7,7 +7,7 @@ from typing import Any
 import asyncssh
 
 from ops.stack import OpsError
-from settings import CephHost, SshHost
+from settings import RemoteHost, SshHost
 
 LOGIN_SECONDS = 15
 
@@ -45,7 +45,7 @@ def run(host: SshHost, private_key: str, command: str, *, stdin: str = "") -> Fi
 
 async def _run(host: SshHost, private_key: str, command: str, stdin: str) -> Finished:
     key = asyncssh.import_private_key(private_key.rstrip() + "\n")
-    jump = host.jump if isinstance(host, CephHost) else None
+    jump = host.jump if isinstance(host, RemoteHost) else None
     if jump is None:
         return await _run_through(None, host, key, command, stdin)
     async with _connection(None, jump, key) as tunnel:

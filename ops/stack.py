@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from settings import PROJECT, SECRETS, Settings, SettingsError, load
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -58,6 +60,21 @@ def pulumi(*arguments: str, stdin: str | None = None) -> str:
         said = (run.stderr.strip() or run.stdout.strip())[-2000:]
         raise OpsError(f"`pulumi {' '.join(arguments)}` failed: {said}", "Mend that, and run this again.")
     return run.stdout
+
+
+def settings_of(stack: str) -> tuple[Settings, dict[str, str]]:
+    """Return what a stack's file says, and its secrets by their names.
+
+    Raises:
+        OpsError: there is no such stack, or its settings have faults.
+    """
+    shown: dict[str, Any] = json.loads(pulumi("config", "--json", "--show-secrets", "--stack", stack))
+    texts = {key: entry["value"] for key, entry in shown.items() if "value" in entry}
+    try:
+        settings = load(texts, {key for key, entry in shown.items() if entry["secret"]}, stack)
+    except SettingsError as error:
+        raise OpsError(str(error), "Correct the stack's file, and run this again.") from None
+    return settings, {name: texts[f"{PROJECT}:{name}"] for name in SECRETS if f"{PROJECT}:{name}" in texts}
 
 
 def registry_of(stack: str) -> Registry:

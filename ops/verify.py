@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import httpx
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 
 from ops.stack import OpsError, Registry
 
@@ -178,11 +179,11 @@ class Verification:
             ) from None
         assert der is not None
         now = datetime.datetime.now(datetime.UTC)
-        last = x509.load_der_x509_certificate(der).not_valid_after_utc
+        certificate = x509.load_der_x509_certificate(der)
+        last = certificate.not_valid_after_utc
         days = (last - now).days
         end = f"valid until {last:%Y-%m-%d}, {days} days"
-        authorities = x509.load_pem_x509_certificates(self._registry.authority.encode())
-        authority_days = (max(one.not_valid_after_utc for one in authorities) - now).days
+        authority_days = (end_of_authority(certificate, self._registry.authority) - now).days
         if authority_days < AUTHORITY_WARNING_DAYS and authority_days > days:
             return f"warning: {end}; the authority itself ends in {authority_days} days, and every client will need a new one"
         if days < WARNING_DAYS:
@@ -275,6 +276,21 @@ class Verification:
 
 def _with_digest(location: str, blob: bytes) -> httpx.QueryParams:
     return httpx.URL(location).params.set("digest", _digest(blob))
+
+
+def end_of_authority(certificate: x509.Certificate, trusted_pem: str) -> datetime.datetime:
+    """Return the end of the authority that signed a certificate; of the last one where another is in between."""
+    trusted = x509.load_pem_x509_certificates(trusted_pem.encode())
+
+    def signed(authority: x509.Certificate) -> bool:
+        try:
+            certificate.verify_directly_issued_by(authority)
+        except (ValueError, TypeError, InvalidSignature):
+            return False
+        return True
+
+    signers = [authority for authority in trusted if signed(authority)]
+    return max(authority.not_valid_after_utc for authority in signers or trusted)
 
 
 def _untrusted(host: str, error: ssl.SSLCertVerificationError) -> OpsError:

@@ -33,7 +33,7 @@ class Hub:
         ports: Any = {"5000/tcp": [("127.0.0.1", self.port), (cluster.host_address, self.port)]}
         command = ["-c", f"echo '{self._configuration()}' >/c.yml; exec registry serve /c.yml"]
         self._container = daemon.containers.run("registry:3.1.2", command, entrypoint="sh", detach=True, ports=ports)
-        for folder in cluster.folder.glob("node*/certs.d"):
+        for folder in cluster.folder.glob("node*/etc/containerd/certs.d"):
             (folder / self.address).mkdir(parents=True)
             server = f"http://{cluster.host_address}:{self.port}"
             hosts = f'server = "{server}"\n[host."{server}"]\ncapabilities = ["pull", "resolve"]\n'
@@ -74,7 +74,7 @@ class KubernetesStack(Stack):
         if isinstance(cluster, Cluster):
             self.settings["storage"]["claim"]["className"] = name
             self._make_volume(name, cluster.folder / "volumes" / name)
-        self._trust_script("install", RESOLVE_TO=self.node_addresses()[0], TRUST_DOCKER="no")
+        self._trust_script("install", RESOLVE_TO=self.node_addresses()[0])
 
     def _make_volume(self, name: str, folder: Path) -> None:
         """Make a volume for the stack's claim: a folder that both nodes see, for the registry's user."""
@@ -91,8 +91,15 @@ class KubernetesStack(Stack):
 
     def _trust_script(self, verb: str, **environment: str) -> None:
         subprocess.run(
-            [str(ROOT / f"hosts/trust-{verb}.sh")],
-            env={**os.environ, "STACK": f"tests/{self.name}", "REGISTRY": f"{self.hostname}:0", **environment},
+            [str(ROOT / "hosts/trust.sh"), verb],
+            env={
+                **os.environ,
+                "STACK": f"tests/{self.name}",
+                "REGISTRY": f"{self.hostname}:0",
+                "ENTRY": "tests",
+                "RUNTIME": "none",
+                **environment,
+            },
             stdin=subprocess.DEVNULL,
             check=True,
         )

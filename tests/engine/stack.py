@@ -16,7 +16,7 @@ import yaml
 
 ROOT = Path(__file__).parent.parent.parent
 HOSTS_FILE_SECONDS = 6  # the daemon, a Go program, reads the hosts file again after five
-PROGRAM = ("__main__.py", "settings.py", "components", "hosts", "image")
+PROGRAM = ("__main__.py", "settings.py", "components", "hosts", "image", "ops")
 
 
 def environment_of_toolchain() -> dict[str, str]:
@@ -84,13 +84,11 @@ class Stack:
         content["config"] = {**{f"private-registry:{key}": value for key, value in self.settings.items()}, **secret}
         self.file.write_text(yaml.safe_dump(content))
 
-    def run(
-        self, *command: str, check: bool = True, folder: Path | None = None, **environment: str
-    ) -> subprocess.CompletedProcess[str]:
-        """Run a command with the stack's environment, in its folder unless another is given."""
+    def run(self, *command: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run a command with the stack's environment, in its folder."""
         run = subprocess.run(
             command,
-            cwd=folder or self.folder,
+            cwd=self.folder,
             env={**self.environment, **environment},
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -136,8 +134,7 @@ class Stack:
         )
 
     def ops(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run `python -m ops` in the project's own folder."""
-        return self.run(sys.executable, "-m", "ops", *arguments, check=check, folder=ROOT, COLUMNS="200")
+        return self.run(sys.executable, "-m", "ops", *arguments, check=check, COLUMNS="200")
 
     def outputs(self) -> dict[str, Any]:
         shown = self.pulumi("stack", "output", "--json", "--show-secrets", "--stack", self.name).stdout
@@ -211,8 +208,14 @@ class Stack:
 
     def remove_trust(self) -> None:
         subprocess.run(
-            [str(ROOT / "hosts/trust-remove.sh")],
-            env={**os.environ, "STACK": f"private-registry/{self.name}", "REGISTRY": self.address},
+            [str(ROOT / "hosts/trust.sh"), "remove"],
+            env={
+                **os.environ,
+                "STACK": f"private-registry/{self.name}",
+                "REGISTRY": self.address,
+                "ENTRY": "trust",
+                "RUNTIME": "docker",
+            },
             check=True,
         )
 

@@ -19,6 +19,10 @@ POD = {"registry": "replace"}
 DOCKER: dict[str, tuple[Any, dict[str, str]]] = {
     "certificate.validityDays": (100, {**CERTIFICATE, **CONTAINER}),
     "certificate.authorityValidityDays": (4000, {**AUTHORITY, **CONTAINER, "trust": "update"}),
+    "certificate.authority.trusted": (
+        [1, 2],
+        {"certificate-authority-2-key": "create", "certificate-authority-2": "create", "trust": "update"},
+    ),
     "certificate.names": (["other.test"], {**CERTIFICATE, **CONTAINER}),
     "certificate.addresses": (["10.0.0.1"], {**CERTIFICATE, **CONTAINER}),
     "certificate.renewBeforeDays": (20, {"certificate-server": "update"}),
@@ -62,6 +66,7 @@ KUBERNETES: dict[str, tuple[Any, dict[str, str]]] = {
             "registry-alerts": "create",
         },
     ),
+    "trust.daemonSet": ({}, {"node-trust": "create"}),
     "storage.claim.sizeGiB": (2, {"registry-images": "update"}),
     "storage.claim.className": ("other", {}),
     "storage.onDestroy": ("delete", {}),
@@ -128,5 +133,13 @@ def test_every_row_of_the_table_is_asked(table: str, rows: dict[str, Any]) -> No
     named = {
         setting for row in section.splitlines() if row.startswith("| `") for setting in re.findall("`(.+?)`", row.split("|")[1])
     }
-    # These are asked by tests of their own, as they need secrets, nodes, or two changes at once.
-    assert named - {"users", "image.nodes", "kubernetes.name", "kubernetes.namespace"} == set(rows)
+    # These are asked by tests of their own, as they need secrets, other machines, or two changes at once.
+    elsewhere = {
+        "users",
+        "image.nodes",
+        "kubernetes.name",
+        "kubernetes.namespace",
+        "trust.hosts",
+        "certificate.authority.generation",
+    }
+    assert named - elsewhere == set(rows)

@@ -100,6 +100,46 @@ MALFORMED: dict[str, tuple[dict[str, Any], tuple[str, str, str]]] = {
         {"certificate": {"authorityValidityDays": 100}},
         ("authorityValidityDays 100", "at least twice validityDays 365", "raise"),
     ),
+    "authority that signs and is not trusted": (
+        {"certificate": {"authority": {"generation": 2, "trusted": [1]}}},
+        ("certificate.authority", "trusted must list generation 2", "add it"),
+    ),
+    "authority number zero": (
+        {"certificate": {"authority": {"generation": 0}}},
+        ("generation is 0", "a number from 1 to 1000", "write 1"),
+    ),
+    "authorities of a self-signed certificate": (
+        {"certificate": {"mode": "self-signed", "authority": {"generation": 1}}},
+        ("certificate: authority", "must come with mode: authority", "leave one of them out"),
+    ),
+    "host without its runtime": (
+        {"trust": {"hosts": [{"address": "a.b", "hostKey": "ssh-ed25519 AAAA"}]}},
+        ("trust.hosts.0.runtime", "must be there", "write it"),
+    ),
+    "host with an unknown runtime": (
+        {"trust": {"hosts": [{"address": "a.b", "hostKey": "ssh-ed25519 AAAA", "runtime": "podman"}]}},
+        ('"podman"', "'docker' or 'containerd'", "write one of them"),
+    ),
+    "host listed twice": (
+        {"trust": {"hosts": [{"address": "a.b", "hostKey": "ssh-ed25519 AAAA", "runtime": "docker"}] * 2}},
+        ("has a.b twice", "must list each address once", "remove one"),
+    ),
+    "restart of Docker": (
+        {"trust": {"hosts": [{"address": "a.b", "hostKey": "ssh-ed25519 AAAA", "runtime": "docker", "restart": "x"}]}},
+        ("trust.hosts.0", "restart must come with runtime: containerd", "leave it out"),
+    ),
+    "name that resolves to everywhere": (
+        {"trust": {"hosts": [{"address": "a.b", "hostKey": "ssh-ed25519 AAAA", "runtime": "docker", "resolveTo": "0.0.0.0"}]}},
+        ('"0.0.0.0"', "must be an address that clients reach", "such as 10.0.0.5"),
+    ),
+    "daemon set on one Docker host": (
+        {"trust": {"daemonSet": {}}},
+        ("trust.daemonSet is set", "must come with target: kubernetes", "or remove it"),
+    ),
+    "daemon set in a folder above": (
+        {"target": "kubernetes", "image": {"pushTo": "hub.example.com"}, "trust": {"daemonSet": {"folder": "/etc/../x"}}},
+        ('"/etc/../x"', "must be an absolute path", "such as /etc/containerd/certs.d"),
+    ),
     "name that is none": ({"certificate": {"names": ["*.x y"]}}, ('"*.x y"', "DNS name", "such as")),
     "names as a text": ({"certificate": {"names": "a.b"}}, ('"a.b"', "must be a list", "in brackets")),
     "address that is none": ({"certificate": {"addresses": ["1.2.3.400"]}}, ("1.2.3.400", "IP address", "such as")),

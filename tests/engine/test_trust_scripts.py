@@ -1,4 +1,4 @@
-"""hosts/trust-install.sh and trust-remove.sh on this machine's own files, with names that nobody else has."""
+"""hosts/trust.sh on this machine's own files, with names that nobody else has."""
 
 import fcntl
 import os
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
+SCRIPT = str(ROOT / "hosts/trust.sh")
 HOSTS = Path("/etc/hosts")
 PEM = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----"
 
@@ -30,14 +31,16 @@ class Script:
         self.address = f"{self.host}:5000"
         self.file = Path(f"/etc/docker/certs.d/{self.address}/ca.crt")
 
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "STACK": "project/test", "REGISTRY": self.address, "ENTRY": "trust"}
+
     def run(
-        self, name: str, *, authority: str = PEM, docker: str = "yes", resolve: str = "127.0.0.9", stack: str = "project/test"
+        self, verb: str, *, authority: str = PEM, runtime: str = "docker", resolve: str = "127.0.0.9", **more: str
     ) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "STACK": stack, "REGISTRY": self.address, "TRUST_DOCKER": docker, "RESOLVE_TO": resolve}
         return subprocess.run(
-            [str(ROOT / f"hosts/trust-{name}.sh")],
-            env=environment,
-            input=authority,
+            [SCRIPT, verb],
+            env=self.environment | {"AUTHORITIES": authority, "RUNTIME": runtime, "RESOLVE_TO": resolve} | more,
             capture_output=True,
             text=True,
             check=False,
@@ -63,7 +66,7 @@ def test_install_writes_the_authority_and_one_line(script: Script) -> None:
         assert script.run("install").returncode == 0
     assert PEM in script.file.read_text()
     assert script.file.stat().st_mode & 0o777 == 0o644
-    assert script.lines() == [f"127.0.0.9 {script.host} # private-registry project/test {script.address}"]
+    assert script.lines() == [f"127.0.0.9 {script.host} # private-registry project/test {script.address} trust"]
 
 
 def test_another_authority_takes_the_place_of_the_first(script: Script) -> None:
@@ -103,7 +106,7 @@ def test_other_files_in_the_folder_are_left_alone(script: Script) -> None:
 
 def test_a_foreign_line_for_the_name_is_refused_and_kept(script: Script) -> None:
     edit_hosts(lambda text: f"{text}10.1.2.3 {script.host}\n")
-    refused = script.run("install", docker="no")
+    refused = script.run("install", runtime="none")
     assert refused.returncode == 3
     assert f"has {script.host} at 10.1.2.3 already" in refused.stderr
     script.run("remove")
@@ -112,9 +115,9 @@ def test_a_foreign_line_for_the_name_is_refused_and_kept(script: Script) -> None
 
 def test_another_stacks_authority_for_the_same_address_is_left_alone(script: Script) -> None:
     script.run("install")
-    refused = script.run("install", stack="project/other")
+    refused = script.run("install", STACK="project/other")
     assert refused.returncode == 3
-    script.run("remove", stack="project/other")
+    script.run("remove", STACK="project/other")
     assert PEM in script.file.read_text()
     assert len(script.lines()) == 1
 
@@ -122,24 +125,24 @@ def test_another_stacks_authority_for_the_same_address_is_left_alone(script: Scr
 def test_a_hosts_file_without_an_end_to_its_last_line_keeps_that_line(script: Script) -> None:
     other = f"10.1.2.4 other-{script.host}"
     edit_hosts(lambda text: text + other)
-    script.run("install", docker="no")
+    script.run("install", runtime="none")
     script.run("remove")
     assert other in HOSTS.read_text().splitlines()
 
 
 def test_the_line_of_a_longer_port_is_left_alone(script: Script) -> None:
-    script.run("install", docker="no")
+    script.run("install", runtime="none")
     short = script.address
     script.address = f"{short}0"
-    script.run("install", docker="no")
+    script.run("install", runtime="none")
     script.address = short
     script.run("remove")
-    assert script.lines() == [f"127.0.0.9 {script.host} # private-registry project/test {short}0"]
+    assert script.lines() == [f"127.0.0.9 {script.host} # private-registry project/test {short}0 trust"]
 
 
 def test_an_install_that_was_cut_off_leaves_no_half_file_after_the_next(script: Script) -> None:
     script.file.parent.mkdir(parents=True)
-    (script.file.parent / ".ca.crt.abcdef").write_text("half")
+    (script.file.parent / "ca.crt.new").write_text("half")
     script.run("install")
     script.run("remove")
     assert not script.file.parent.exists()
@@ -150,14 +153,8 @@ def test_twenty_stacks_at_once_lose_no_line(script: Script) -> None:
     try:
         running = [
             subprocess.Popen(
-                [str(ROOT / "hosts/trust-install.sh")],
-                env={
-                    **os.environ,
-                    "STACK": "project/test",
-                    "REGISTRY": one.address,
-                    "TRUST_DOCKER": "no",
-                    "RESOLVE_TO": "127.0.0.9",
-                },
+                [SCRIPT, "install"],
+                env=one.environment | {"RUNTIME": "none", "RESOLVE_TO": "127.0.0.9"},
                 stdin=subprocess.DEVNULL,
             )
             for one in scripts
@@ -171,10 +168,19 @@ def test_twenty_stacks_at_once_lose_no_line(script: Script) -> None:
 
 
 def test_without_permission_it_says_what_to_do(script: Script) -> None:
-    command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", str(ROOT / "hosts/trust-install.sh")]
-    # The checkout may be out of an ordinary user's reach: the script comes by standard input's neighbour, the command.
-    command[4:] = ["sh", "-c", (ROOT / "hosts/trust-install.sh").read_text()]
-    environment = {**os.environ, "STACK": "project/test", "REGISTRY": script.address, "TRUST_DOCKER": "yes", "RESOLVE_TO": ""}
-    refused = subprocess.run(command, env=environment, input=PEM, cwd="/", capture_output=True, text=True, check=False)
+    # The checkout may be out of an ordinary user's reach: the script comes as a command.
+    command = [
+        "setpriv",
+        "--reuid=65534",
+        "--regid=65534",
+        "--clear-groups",
+        "sh",
+        "-c",
+        Path(SCRIPT).read_text(),
+        "sh",
+        "install",
+    ]
+    environment = script.environment | {"RUNTIME": "docker"}
+    refused = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, check=False)
     assert refused.returncode == 4
-    assert "run pulumi as root, or set private-registry:trust.docker to false" in refused.stderr
+    assert "run this as root, or copy the stack output authorityCertificate there yourself" in refused.stderr

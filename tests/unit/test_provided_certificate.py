@@ -16,11 +16,11 @@ DAY = datetime.timedelta(days=1)
 
 
 class Authority:
-    def __init__(self) -> None:
+    def __init__(self, end: datetime.datetime = NOW + 1000 * DAY) -> None:
         self.key = ec.generate_private_key(ec.SECP256R1())
         self.name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "an authority")])
         self.certificate = (
-            self._builder(self.name, self.key.public_key(), NOW + 1000 * DAY)
+            self._builder(self.name, self.key.public_key(), end)
             .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
             .add_extension(self._usage(signing=True), critical=True)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(self.key.public_key()), critical=False)
