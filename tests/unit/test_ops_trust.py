@@ -37,6 +37,8 @@ WANTED = Authority()
         (f"folder /f\nconfig_path empty\ntrust ours\nhandshake ok\n{pem(WANTED)}", "config_path is empty", "Set config_path"),
         ("folder /f\ntrust ours\nhandshake ok\n-----BEGIN CERTIFICATE-----\nno\n", "a file that cannot be read", "--fix {host}"),
     ],
+    # What is made anew in each process must not be in a test's name.
+    ids=["absent", "foreign", "well", "untried", "failed", "another", "more", "config_path", "unreadable"],
 )
 def test_a_hosts_status_is_put_in_words_with_the_mend(status: str, said: str, mend: str | None) -> None:
     words, _, what_to_do = judged(status, pem(WANTED))
