@@ -1,5 +1,6 @@
 """`python -m ops`: the commands, each in a module of its own that is imported when it is needed."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -86,6 +87,27 @@ def _show_trust(stack: str, hosts: "Hosts") -> None:
         console.print(f"{one.host}: {one.mend}", markup=False)
     if lacking:
         raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    stack: Stack = "local",
+    file: Annotated[Path | None, typer.Option("--file", help="What `pulumi preview --json` printed; else it is run.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Also write a page with the resources to this file.")] = None,
+) -> None:
+    """Write what a preview will do as a comment in Markdown; exit 10: needs approval, 20: would lose data, 1: failed."""
+    from ops.report import markdown, of_file, of_stack, verdict_of
+
+    try:
+        preview = of_stack(stack) if file is None else of_file(file)
+    except OpsError as error:
+        raise _failed(error) from None
+    if html is not None:
+        from ops.page import page
+
+        html.write_text(page(stack, preview))
+    typer.echo(markdown(stack, preview), nl=False)
+    raise typer.Exit(verdict_of(preview).code)
 
 
 @app.command()

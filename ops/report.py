@@ -1,0 +1,318 @@
+"""`ops report`: what a preview will do, as a comment for a pull request. What would lose data comes first.
+
+Source of the preview's form: https://github.com/pulumi/pulumi/blob/master/sdk/go/common/display/events.go (PreviewDigest).
+"""
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from ops.stack import ROOT, OpsError
+
+MARK_OF_A_SECRET = "4dabf18193072939515e22adb298388d"  # noqa: S105, the key of a secret's mapping, in every state
+LONGEST_VALUE = 60
+UNKNOWN = "04da6b54-80e4-46f7-96ec-b56ff0331ba9"  # what the engine writes for a value that is known only after the update
+# Nothing changes, or a "replace" stands for it already.
+IGNORED = {"same", "read", "refresh", "create-replacement", "delete-replaced"}
+GAP = "the registry is away for two to three seconds"
+
+
+class Verdict(Enum):
+    """What a preview comes to: in words, and as the command's exit code."""
+
+    FINE = ("fine", 0)
+    FAILED = ("the preview failed", 1)
+    NEEDS_APPROVAL = ("needs approval", 10)
+    LOSES_DATA = ("would lose data", 20)
+
+    def __init__(self, words: str, code: int) -> None:
+        self.words = words
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Change:
+    """One resource that changes."""
+
+    operation: str
+    """create, update, replace, delete, or another of the engine's words."""
+    urn: str
+    before: Mapping[str, Any]
+    """The state's inputs; empty for what is created."""
+    after: Mapping[str, Any]
+    """The program's inputs; empty for what is deleted."""
+    paths: Sequence[str]
+    """Where the two differ, such as spec.template."""
+    kept: bool
+    """Whether the thing itself stays when the state forgets it."""
+    parent: str = ""
+    """The URN of the component that it is of."""
+
+    @property
+    def name(self) -> str:
+        return self.urn.rpartition("::")[2]
+
+    @property
+    def kind(self) -> str:
+        """The resource's type without the package's module: docker Volume, kubernetes Service."""
+        package, _, rest = self.urn.split("::")[2].rpartition("$")[2].partition(":")
+        return f"{package} {rest.rpartition(':')[2]}"
+
+    @property
+    def goes(self) -> bool:
+        return self.operation in ("delete", "replace")
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What the engine would do, and what it says where it cannot."""
+
+    changes: list[Change]
+    unchanged: int
+    """How many resources stay as they are."""
+    errors: list[str]
+
+
+def of_stack(stack: str) -> Preview:
+    """Preview a stack.
+
+    Raises:
+        OpsError: the engine says nothing that can be read.
+    """
+    command = ["pulumi", "--non-interactive", "--color", "never", "preview", "--json", "--stack", stack]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    try:
+        return read(json.loads(run.stdout), failed=run.returncode != 0, said=run.stderr)
+    except json.JSONDecodeError:
+        said = (run.stderr.strip() or run.stdout.strip())[-2000:]
+        raise OpsError(f"`pulumi preview --stack {stack}` failed: {said}", "Mend that, and run this again.") from None
+
+
+def of_file(file: Path) -> Preview:
+    """Return what a preview printed into a file.
+
+    Raises:
+        OpsError: it is no preview.
+    """
+    try:
+        digest = json.loads(file.read_text())
+        return read(digest, failed="steps" not in digest, said="it has no steps")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise OpsError(f"{file} cannot be read as a preview: {error}.", "Give what `pulumi preview --json` printed.") from None
+
+
+def read(digest: Mapping[str, Any], *, failed: bool = False, said: str = "") -> Preview:
+    """Return what `pulumi preview --json` printed."""
+    errors = [entry["message"].strip() for entry in digest.get("diagnostics") or [] if entry.get("severity") == "error"]
+    if failed and not errors:
+        errors = [said.strip() or "it did not say why"]
+    changes = [_change(step) for step in digest.get("steps") or [] if step["op"] not in IGNORED and not _is_group(step)]
+    return Preview(changes, int((digest.get("changeSummary") or {}).get("same", 0)), errors)
+
+
+def _is_group(step: Mapping[str, Any]) -> bool:
+    """Tell whether a step is of the stack itself or of a component: its resources have steps of their own."""
+    return not (step.get("newState") or step.get("oldState") or {}).get("custom", False)
+
+
+def _change(step: Mapping[str, Any]) -> Change:
+    old, new = step.get("oldState") or {}, step.get("newState") or {}
+    deletes = step["op"] == "delete"
+    return Change(
+        operation=step["op"],
+        urn=step["urn"],
+        before=old.get("inputs") or {},
+        after={} if deletes else new.get("inputs") or {},
+        paths=sorted(step.get("detailedDiff") or step.get("diffReasons") or []),
+        kept=bool(old.get("retainOnDelete")),
+        parent=(new or old).get("parent", ""),
+    )
+
+
+def judged(change: Change) -> tuple[Verdict, str]:
+    """Return what a change comes to, with the words for somebody who does not know the resource."""
+    rules = {
+        "docker Volume": _volume,
+        "kubernetes PersistentVolumeClaim": _claim,
+        "docker Container": _server,
+        "kubernetes ReplicationController": _server,
+        "tls SelfSignedCert": _authority,
+        "tls PrivateKey": _private_key,
+        "tls LocallySignedCert": _certificate,
+        "command Command": _command,
+    }
+    if (rule := rules.get(change.kind)) and (found := rule(change)):
+        return found
+    return (Verdict.NEEDS_APPROVAL if change.operation == "delete" else Verdict.FINE), ""
+
+
+def _volume(change: Change) -> tuple[Verdict, str] | None:
+    name, other = change.before.get("name"), change.after.get("name")
+    if not change.goes:
+        return None
+    if change.operation == "delete":
+        if change.kept:
+            return Verdict.NEEDS_APPROVAL, f"the volume `{name}` stays with its images, but is no more the stack's"
+        return Verdict.LOSES_DATA, f"deletes the volume `{name}` with all images"
+    if change.kept:
+        return (
+            Verdict.NEEDS_APPROVAL,
+            f"the empty volume `{other}` takes the place of `{name}`, whose images stay in it, unserved",
+        )
+    return Verdict.LOSES_DATA, f"deletes the volume `{name}` with all images; `{other}` begins empty"
+
+
+def _claim(change: Change) -> tuple[Verdict, str] | None:
+    if not change.goes:
+        return None
+    specification = change.before.get("spec") or {}
+    name = (change.before.get("metadata") or {}).get("name", change.name)
+    size = ((specification.get("resources") or {}).get("requests") or {}).get("storage", "all")
+    if specification.get("volumeName"):
+        return Verdict.FINE, "the claim goes, the RBD image that it is bound to stays"
+    if change.kept:
+        return Verdict.NEEDS_APPROVAL, f"the claim `{name}` stays with its images ({size}), but is no more the stack's"
+    return Verdict.LOSES_DATA, f"deletes the claim `{name}`: {size} of images"
+
+
+def _server(change: Change) -> tuple[Verdict, str] | None:
+    if change.name.endswith("-files") or not change.goes:
+        return None
+    return Verdict.NEEDS_APPROVAL, GAP if change.operation == "replace" else "the registry is taken down"
+
+
+def _authority(change: Change) -> tuple[Verdict, str] | None:
+    if not change.goes:
+        return None
+    if change.before.get("isCaCertificate"):
+        return Verdict.NEEDS_APPROVAL, "clients that trust this authority alone trust the registry no more (docs/trust.md)"
+    return Verdict.NEEDS_APPROVAL, "the certificate is its own authority: every client has to be given the new one"
+
+
+def _private_key(change: Change) -> tuple[Verdict, str] | None:
+    if change.goes and change.name.endswith("-server-key"):
+        return Verdict.NEEDS_APPROVAL, "the generated password of `admin`, if there is one, changes with the key"
+    return None
+
+
+def _certificate(change: Change) -> tuple[Verdict, str] | None:
+    if change.operation != "replace":
+        return None
+    if "caCertPem" in change.paths:
+        return Verdict.NEEDS_APPROVAL, "a certificate of another authority, which clients have to trust first (docs/trust.md)"
+    return Verdict.FINE, "a new certificate of an authority that clients trust already"
+
+
+def _command(change: Change) -> tuple[Verdict, str] | None:
+    if "RbdVolume$" in change.urn and change.name == "volume":
+        return _rbd_image(change)
+    if "ClientTrust$" in change.urn and change.operation == "delete":
+        host = (change.before.get("connection") or {}).get("host", "this machine")
+        return Verdict.NEEDS_APPROVAL, f"{host} trusts the registry no more"
+    return None
+
+
+def _rbd_image(change: Change) -> tuple[Verdict, str] | None:
+    old, new = _options(change.before, "create"), _options(change.after, "create")
+    image = f"{old.get('--pool')}/{old.get('--image')}"
+    if change.goes:
+        policy = _options(change.before, "delete")
+        if policy.get("--policy") == "delete":
+            return Verdict.LOSES_DATA, f"deletes the RBD image `{image}`: {old.get('--size-mib')} MiB of images"
+        if policy.get("--policy") == "trash":
+            return Verdict.NEEDS_APPROVAL, f"moves the RBD image `{image}` to the trash, for {policy.get('--trash-days')} days"
+        return Verdict.NEEDS_APPROVAL, f"the RBD image `{image}` stays, but is no more the stack's"
+    if change.operation == "update" and old.get("--size-mib") != new.get("--size-mib"):
+        return Verdict.FINE, f"the RBD image `{image}` grows from {old['--size-mib']} MiB to {new['--size-mib']} MiB, in use"
+    return None
+
+
+def _options(inputs: Mapping[str, Any], key: str) -> dict[str, str]:
+    words = str(inputs.get(key) or "").split()
+    return {word: words[index + 1] for index, word in enumerate(words[:-1]) if word.startswith("--")}
+
+
+def verdict_of(preview: Preview) -> Verdict:
+    """Return the worst of all changes."""
+    if preview.errors:
+        return Verdict.FAILED
+    return max((judged(change)[0] for change in preview.changes), key=lambda one: one.code, default=Verdict.FINE)
+
+
+def markdown(stack: str, preview: Preview) -> str:
+    """Return the report as one comment, which begins with a mark by which it is found again."""
+    return "\n".join([f"<!-- private-registry report {stack} -->", *_lines(stack, preview)]) + "\n"
+
+
+def _lines(stack: str, preview: Preview) -> Iterator[str]:
+    yield f"### {stack}: {verdict_of(preview).words if preview.changes or preview.errors else 'nothing to change'}"
+    for error in preview.errors:
+        yield from ("", "```", error.replace("```", "'''"), "```")
+    found = [(change, *judged(change)) for change in preview.changes]
+    for verdict, title in ((Verdict.LOSES_DATA, "Would lose data"), (Verdict.NEEDS_APPROVAL, "Needs approval")):
+        some = [(change, words) for change, judgement, words in found if judgement is verdict]
+        if some:
+            yield from ("", f"**{title}**", "")
+            yield from (_line(change, words) for change, words in some)
+    rest = [(change, words) for change, judgement, words in found if judgement is Verdict.FINE]
+    if rest:
+        yield from ("", "**Further**", "")
+        yield from (_line(change, words) for change, words in rest)
+    yield from _fields([change for change, _, _ in found if change.operation in ("update", "replace") and change.paths])
+    if preview.unchanged:
+        yield from ("", f"{preview.unchanged} unchanged")
+
+
+def _line(change: Change, words: str) -> str:
+    return f"- {change.operation} `{change.name}` ({change.kind})" + (f": {words}" if words else "")
+
+
+def _fields(changes: Sequence[Change]) -> Iterator[str]:
+    if not changes:
+        return
+    yield from ("", "<details><summary>What differs</summary>", "", "| resource | field | now | then |", "|---|---|---|---|")
+    for change in changes:
+        for path in change.paths:
+            now, then = _cells(_at(change.before, path), _at(change.after, path))
+            yield f"| `{change.name}` | `{path}` | {now} | {then} |"
+    yield from ("", "</details>")
+
+
+def _at(inputs: Mapping[str, Any], path: str) -> str:
+    """Return the value at a path in text, on one line, and never a secret; nothing where there is none."""
+    value: Any = inputs
+    for step in path.replace("[", ".[").split("."):
+        key: Any = int(step[1:-1]) if step.startswith("[") and step[1:-1].isdigit() else step.strip('["]')
+        try:
+            value = value[key]
+        except (KeyError, IndexError, TypeError):
+            return ""
+        if isinstance(value, Mapping) and MARK_OF_A_SECRET in value:
+            return "[secret]"
+    text = value if isinstance(value, str) else json.dumps(_masked(value), sort_keys=True)
+    return " ".join(text.replace(UNKNOWN, "(known after the update)").split())
+
+
+def _cells(now: str, then: str) -> tuple[str, str]:
+    """Return two texts as cells of a table; of long ones what is around the first difference."""
+    start = 0
+    if max(len(now), len(then)) > LONGEST_VALUE:
+        start = max(0, len(os.path.commonprefix([now, then])) - LONGEST_VALUE // 3)
+    return _cell(now, start), _cell(then, start)
+
+
+def _cell(text: str, start: int) -> str:
+    part = text[start : start + LONGEST_VALUE]
+    shown = f"{'…' if start and text else ''}{part}{'…' if start + LONGEST_VALUE < len(text) else ''}"
+    return f"`{shown}`".replace("|", "\\|").replace("``", "` `") if shown else ""
+
+
+def _masked(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return "[secret]" if MARK_OF_A_SECRET in value else {key: _masked(item) for key, item in value.items()}
+    return [_masked(item) for item in value] if isinstance(value, list) else value
