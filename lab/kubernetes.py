@@ -121,6 +121,10 @@ class Cluster:
         """Return a node's address, which is also the one of its node ports."""
         return f"{self.network}.0.{10 + number}"
 
+    def registries(self) -> list[Path]:
+        """Return the nodes' folders in which containerd looks for what it has to know of registries."""
+        return [box.folder / "etc/containerd/certs.d" for box in self._nodes()]
+
     def client(self) -> httpx.Client:
         """Return a client of the cluster's API, as its administrator."""
         pki = self.folder / "pki"

@@ -33,7 +33,7 @@ class Hub:
         ports: Any = {"5000/tcp": [("127.0.0.1", self.port), (cluster.host_address, self.port)]}
         command = ["-c", f"echo '{self._configuration()}' >/c.yml; exec registry serve /c.yml"]
         self._container = daemon.containers.run("registry:3.1.2", command, entrypoint="sh", detach=True, ports=ports)
-        for folder in cluster.folder.glob("node*/etc/containerd/certs.d"):
+        for folder in cluster.registries():
             (folder / self.address).mkdir(parents=True)
             server = f"http://{cluster.host_address}:{self.port}"
             hosts = f'server = "{server}"\n[host."{server}"]\ncapabilities = ["pull", "resolve"]\n'

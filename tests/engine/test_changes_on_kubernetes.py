@@ -111,7 +111,7 @@ def test_an_image_that_cannot_be_pulled_is_told_by_the_pods_events_and_the_old_p
 ) -> None:
     before = registry.pod_name()
     kept = dict(registry.settings["image"])
-    hosts = list(lab_cluster.folder.glob(f"node*/certs.d/{kept['pushTo']}/hosts.toml"))
+    hosts = [folder / kept["pushTo"] / "hosts.toml" for folder in lab_cluster.registries()]
     contents = {file: file.read_text() for file in hosts}
     for file in hosts:
         file.write_text('server = "http://127.0.0.1:1"\n')

@@ -59,7 +59,7 @@ def test_nodes_pull_with_the_daemon_set_and_not_without_it(in_cluster: Kubernete
     del in_cluster.settings["trust"]["daemonSet"]
     in_cluster.up()
     wait_for(lambda: hosts.read_text().split() == before.split())
-    wait_for(lambda: not list(lab_cluster.folder.glob(f"node*/etc/containerd/certs.d/{in_cluster.address}")))
+    wait_for(lambda: not any((folder / in_cluster.address).exists() for folder in lab_cluster.registries()))
     with hosts.open("a") as lines:
         lines.write(f"{lab_cluster.node_address(1)} {in_cluster.hostname}\n")
     assert X509 in pull(in_cluster, "without", "node1")
@@ -71,7 +71,7 @@ def test_a_changed_authority_reaches_the_nodes_with_no_moment_without_trust(
     in_cluster.set("trust", daemonSet={})
     in_cluster.up()
     wait_for(lambda: len(trust_pods(in_cluster)) == 2)
-    file = lab_cluster.folder / f"node1/etc/containerd/certs.d/{in_cluster.address}/ca.crt"
+    file = lab_cluster.registries()[0] / in_cluster.address / "ca.crt"
     first = trust_pods(in_cluster)
     in_cluster.set("certificate", authority={"generation": 1, "trusted": [1, 2]})
     in_cluster.up()
@@ -86,7 +86,7 @@ def test_a_changed_authority_reaches_the_nodes_with_no_moment_without_trust(
 
 
 def test_a_file_of_another_is_told_by_the_pod_of_that_node_alone(in_cluster: KubernetesStack, lab_cluster: Cluster) -> None:
-    folder = lab_cluster.folder / f"node2/etc/containerd/certs.d/{in_cluster.address}"
+    folder = lab_cluster.registries()[1] / in_cluster.address
     folder.mkdir()
     (folder / "hosts.toml").write_text("# of another\n")
     in_cluster.set("trust", daemonSet={})

@@ -57,7 +57,7 @@ def test_a_kubelet_pulls_from_the_registry_over_verified_tls_with_the_pull_secre
     for hosts_file in lab_cluster.folder.glob("node*/hosts"):
         with hosts_file.open("a") as lines:
             lines.write(f"{lab_cluster.node_address(1)} {in_cluster.hostname}\n")
-    for folder in lab_cluster.folder.glob("node*/etc/containerd/certs.d"):
+    for folder in lab_cluster.registries():
         (folder / in_cluster.address).mkdir()
         (folder / in_cluster.address / "ca.crt").write_text(authority)
         server = f"https://{in_cluster.address}"
