@@ -12,7 +12,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from ops.stack import ROOT, OpsError
+from ops.stack import ROOT, OpsError, options_of
 
 MARK_OF_A_SECRET = "4dabf18193072939515e22adb298388d"  # noqa: S105, the key of a secret's mapping, in every state
 LONGEST_VALUE = 60
@@ -218,10 +218,10 @@ def _command(change: Change) -> tuple[Verdict, str] | None:
 
 
 def _rbd_image(change: Change) -> tuple[Verdict, str] | None:
-    old, new = _options(change.before, "create"), _options(change.after, "create")
+    old, new = (options_of(str(inputs.get("create", ""))) for inputs in (change.before, change.after))
     image = f"{old.get('--pool')}/{old.get('--image')}"
     if change.goes:
-        policy = _options(change.before, "delete")
+        policy = options_of(str(change.before.get("delete", "")))
         if policy.get("--policy") == "delete":
             return Verdict.LOSES_DATA, f"deletes the RBD image `{image}`: {old.get('--size-mib')} MiB of images"
         if policy.get("--policy") == "trash":
@@ -230,11 +230,6 @@ def _rbd_image(change: Change) -> tuple[Verdict, str] | None:
     if change.operation == "update" and old.get("--size-mib") != new.get("--size-mib"):
         return Verdict.FINE, f"the RBD image `{image}` grows from {old['--size-mib']} MiB to {new['--size-mib']} MiB, in use"
     return None
-
-
-def _options(inputs: Mapping[str, Any], key: str) -> dict[str, str]:
-    words = str(inputs.get(key) or "").split()
-    return {word: words[index + 1] for index, word in enumerate(words[:-1]) if word.startswith("--")}
 
 
 def verdict_of(preview: Preview) -> Verdict:

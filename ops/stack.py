@@ -1,6 +1,7 @@
 """What the stack says: asked of the Pulumi CLI, with the backend and passphrase of the environment."""
 
 import json
+import shlex
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -60,6 +61,12 @@ def pulumi(*arguments: str, stdin: str | None = None) -> str:
         said = (run.stderr.strip() or run.stdout.strip())[-2000:]
         raise OpsError(f"`pulumi {' '.join(arguments)}` failed: {said}", "Mend that, and run this again.")
     return run.stdout
+
+
+def options_of(line: str) -> dict[str, str]:
+    """Return the options of a command line that the program gave to one of its scripts, such as ``--size-mib``."""
+    words = shlex.split(line)
+    return {word: words[index + 1] for index, word in enumerate(words[:-1]) if word.startswith("--")}
 
 
 def settings_of(stack: str) -> tuple[Settings, dict[str, str]]:

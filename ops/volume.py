@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ops.ssh import Finished, run
-from ops.stack import ROOT, OpsError, Registry, pulumi
+from ops.stack import ROOT, OpsError, Registry, options_of, pulumi
 from settings import CephHost, SshHost
 
 SCRIPT = ROOT / "hosts/rbd.py"
@@ -75,8 +75,7 @@ def _deployed(stack: str) -> Deployed:
     if made is None:
         raise OpsError(f"The stack {stack} has no RBD image in its state.", f"Run `pulumi up --stack {stack}`.")
     inputs = made["inputs"]
-    words = shlex.split(_plain(inputs["create"]))
-    options = {word: words[index + 1] for index, word in enumerate(words[:-1]) if word.startswith("--")}
+    options = options_of(_plain(inputs["create"]))
     inline = not any(entry["type"] == "kubernetes:core/v1:PersistentVolume" for entry in resources)
     if "connection" not in inputs:
         return Deployed(options, None, "", inline)
