@@ -220,16 +220,23 @@ def _command(change: Change) -> tuple[Verdict, str] | None:
 def _rbd_image(change: Change) -> tuple[Verdict, str] | None:
     old, new = (options_of(str(inputs.get("create", ""))) for inputs in (change.before, change.after))
     image = f"{old.get('--pool')}/{old.get('--image')}"
+    if change.operation == "create":
+        return Verdict.FINE, f"the RBD image `{new.get('--pool')}/{new.get('--image')}` is made, or found as the stack left it"
+    size, wanted = int(old.get("--size-mib", 0)), int(new.get("--size-mib", 0))
     if change.goes:
         policy = options_of(str(change.before.get("delete", "")))
-        if policy.get("--policy") == "delete":
-            return Verdict.LOSES_DATA, f"deletes the RBD image `{image}`: {old.get('--size-mib')} MiB of images"
-        if policy.get("--policy") == "trash":
-            return Verdict.NEEDS_APPROVAL, f"moves the RBD image `{image}` to the trash, for {policy.get('--trash-days')} days"
-        return Verdict.NEEDS_APPROVAL, f"the RBD image `{image}` stays, but is no more the stack's"
-    if change.operation == "update" and old.get("--size-mib") != new.get("--size-mib"):
-        return Verdict.FINE, f"the RBD image `{image}` grows from {old['--size-mib']} MiB to {new['--size-mib']} MiB, in use"
-    return None
+        return _released(image, size, policy.get("--policy"), policy.get("--trash-days"))
+    if wanted > size:
+        return Verdict.FINE, f"the RBD image `{image}` grows from {size} MiB to {wanted} MiB, in use"
+    return (Verdict.LOSES_DATA, f"would cut the RBD image `{image}` from {size} MiB to {wanted} MiB") if wanted < size else None
+
+
+def _released(image: str, size: int, policy: str | None, days: str | None) -> tuple[Verdict, str]:
+    if policy == "delete":
+        return Verdict.LOSES_DATA, f"deletes the RBD image `{image}`: {size} MiB of images"
+    if policy == "trash":
+        return Verdict.NEEDS_APPROVAL, f"moves the RBD image `{image}` to the trash, for {days} days"
+    return Verdict.NEEDS_APPROVAL, f"the RBD image `{image}` stays, but is no more the stack's"
 
 
 def verdict_of(preview: Preview) -> Verdict:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from ops.__main__ import app
 from ops.page import COLOURS, page
-from ops.report import Verdict, markdown, of_file, read, verdict_of
+from ops.report import Verdict, judged, markdown, of_file, read, verdict_of
 
 PREVIEWS = Path(__file__).parent / "previews"
 GAP = "replace `registry` (docker Container): the registry is away for two to three seconds"
@@ -56,6 +56,37 @@ JUDGED: dict[str, tuple[Verdict, tuple[str, ...]]] = {
     "destroy that deletes the volume": (
         Verdict.LOSES_DATA,
         ("the registry is taken down", "deletes the volume `recorded` with all images"),
+    ),
+}
+JUDGED |= {
+    "first up in a cluster": (Verdict.FINE, ("create `registry` (kubernetes ReplicationController)",)),
+    "more CPU in a cluster": (Verdict.NEEDS_APPROVAL, (POD_GAP,)),
+    "another node port": (Verdict.FINE, ("update `registry-service` (kubernetes Service)",)),
+    "larger claim": (Verdict.FINE, ("update `registry-images` (kubernetes PersistentVolumeClaim)",)),
+    "nodes trust it by pods": (Verdict.FINE, ("create `node-trust` (kubernetes DaemonSet)",)),
+    "destroy that keeps the claim": (
+        Verdict.NEEDS_APPROVAL,
+        ("the claim `registry-images` stays with its images (1Gi), but is no more the stack's",),
+    ),
+    "destroy that deletes the claim": (Verdict.LOSES_DATA, ("deletes the claim `registry-images`: 1Gi of images",)),
+    "first up on an RBD image": (Verdict.FINE, ("the RBD image `rbd/recorded` is made, or found as the stack left it",)),
+    "grown RBD image": (Verdict.FINE, ("the RBD image `rbd/recorded` grows from 128 MiB to 256 MiB, in use",)),
+    "shrunk RBD image": (
+        Verdict.FAILED,
+        ("it must be 128 or more", "would cut the RBD image `rbd/recorded` from 128 MiB to 64 MiB"),
+    ),
+    "another RBD image": (Verdict.FAILED, ("changes from the RBD image rbd/recorded to rbd/recorded-other",)),
+    "destroy that keeps the RBD image": (
+        Verdict.NEEDS_APPROVAL,
+        ("the RBD image `rbd/recorded` stays, but is no more the stack's", "the RBD image that it is bound to stays"),
+    ),
+    "destroy with the policy trash of the RBD image": (
+        Verdict.NEEDS_APPROVAL,
+        ("moves the RBD image `rbd/recorded` to the trash, for 30 days",),
+    ),
+    "destroy with the policy delete of the RBD image": (
+        Verdict.LOSES_DATA,
+        ("deletes the RBD image `rbd/recorded`: 128 MiB of images",),
     ),
 }
 
@@ -175,7 +206,8 @@ def test_the_page_draws_every_change_and_loads_nothing(name: str) -> None:
     names = [node.text for node in drawn.iter("{http://www.w3.org/2000/svg}text")]
     assert all(change.name in names for change in preview.changes)
     colours = {node.get("fill") for node in drawn.iter("{http://www.w3.org/2000/svg}rect")}
-    assert (COLOURS["would lose data"] in colours) == (verdict_of(preview) is Verdict.LOSES_DATA)
+    loses = any(judged(change)[0] is Verdict.LOSES_DATA for change in preview.changes)
+    assert (COLOURS["would lose data"] in colours) == loses
 
 
 def test_the_page_shows_a_name_as_it_is_written() -> None:
