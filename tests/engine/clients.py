@@ -12,7 +12,6 @@ import grpc
 from lab.machines import Machine
 
 PULL_SECONDS = 60
-ANSWER_SECONDS = 30
 
 
 class DockerClient:
@@ -71,12 +70,6 @@ class ContainerdClient:
         """Connect to the process that runs now."""
         # A socket in the machine's own /run is reached through a process that is there.
         self._channel = grpc.insecure_channel(f"unix:///proc/{self._machine.box.first.child}/root/run/containerd/containerd.sock")
-
-    def stop(self) -> None:
-        self._channel.close()
-        process = self._machine.box.program("containerd")
-        self._machine.run("pkill", "-x", "containerd")
-        process.ends(ANSWER_SECONDS)
 
     def pull(self, reference: str, username: str, password: str) -> str:
         """Pull an image, and return its id, or the error."""
