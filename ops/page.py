@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-from ops.report import Change, Preview, Verdict, judged, verdict_of
+from ops.report import Change, Preview, Verdict, by_verdict, judged, title
 
 COLUMN, ROW, WIDTH, HEIGHT = 330, 56, 290, 42  # pixels
 COLOURS: Mapping[str, str] = {
@@ -40,10 +40,10 @@ class Node:
 
 def page(stack: str, preview: Preview) -> str:
     """Return the whole page."""
-    title = f"{stack}: {verdict_of(preview).words if preview.changes or preview.errors else 'nothing to change'}"
+    heading = title(stack, preview)
     parts = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><h1>{escape(title)}</h1>",
+        f"<title>{escape(heading)}</title><style>{STYLE}</style></head><body><h1>{escape(heading)}</h1>",
         *(f"<pre>{escape(error)}</pre>" for error in preview.errors),
         *_sentences(preview),
     ]
@@ -57,11 +57,13 @@ def page(stack: str, preview: Preview) -> str:
 
 
 def _sentences(preview: Preview) -> Iterator[str]:
-    for verdict, title in ((Verdict.LOSES_DATA, "Would lose data"), (Verdict.NEEDS_APPROVAL, "Needs approval")):
-        some = [(change, judged(change)[1]) for change in preview.changes if judged(change)[0] is verdict]
-        if some:
-            lines = (f"<li>{change.operation} <code>{escape(change.name)}</code>: {escape(words)}</li>" for change, words in some)
-            yield f"<h2>{title}</h2><ul>{''.join(lines)}</ul>"
+    for heading, changes in by_verdict(preview).items():
+        # What needs nobody's eyes is in the picture.
+        if heading != "Further":
+            lines = (
+                f"<li>{change.operation} <code>{escape(change.name)}</code>: {escape(words)}</li>" for change, words in changes
+            )
+            yield f"<h2>{heading}</h2><ul>{''.join(lines)}</ul>"
 
 
 def _ink(word: str) -> str:

@@ -246,26 +246,34 @@ def verdict_of(preview: Preview) -> Verdict:
     return max((judged(change)[0] for change in preview.changes), key=lambda one: one.code, default=Verdict.FINE)
 
 
+def title(stack: str, preview: Preview) -> str:
+    """Return what a preview comes to, in one line."""
+    return f"{stack}: {verdict_of(preview).words if preview.changes or preview.errors else 'nothing to change'}"
+
+
+def by_verdict(preview: Preview) -> dict[str, list[tuple[Change, str]]]:
+    """Return the changes with their words below the titles of what they come to, the worst first; no title is empty."""
+    titles = {Verdict.LOSES_DATA: "Would lose data", Verdict.NEEDS_APPROVAL: "Needs approval", Verdict.FINE: "Further"}
+    found: dict[str, list[tuple[Change, str]]] = {words: [] for words in titles.values()}
+    for change in preview.changes:
+        verdict, words = judged(change)
+        found[titles[verdict]].append((change, words))
+    return {words: changes for words, changes in found.items() if changes}
+
+
 def markdown(stack: str, preview: Preview) -> str:
     """Return the report as one comment, which begins with a mark by which it is found again."""
     return "\n".join([f"<!-- private-registry report {stack} -->", *_lines(stack, preview)]) + "\n"
 
 
 def _lines(stack: str, preview: Preview) -> Iterator[str]:
-    yield f"### {stack}: {verdict_of(preview).words if preview.changes or preview.errors else 'nothing to change'}"
+    yield f"### {title(stack, preview)}"
     for error in preview.errors:
         yield from ("", "```", error.replace("```", "'''"), "```")
-    found = [(change, *judged(change)) for change in preview.changes]
-    for verdict, title in ((Verdict.LOSES_DATA, "Would lose data"), (Verdict.NEEDS_APPROVAL, "Needs approval")):
-        some = [(change, words) for change, judgement, words in found if judgement is verdict]
-        if some:
-            yield from ("", f"**{title}**", "")
-            yield from (_line(change, words) for change, words in some)
-    rest = [(change, words) for change, judgement, words in found if judgement is Verdict.FINE]
-    if rest:
-        yield from ("", "**Further**", "")
-        yield from (_line(change, words) for change, words in rest)
-    yield from _fields([change for change, _, _ in found if change.operation in ("update", "replace") and change.paths])
+    for heading, changes in by_verdict(preview).items():
+        yield from ("", f"**{heading}**", "")
+        yield from (_line(change, words) for change, words in changes)
+    yield from _fields([change for change in preview.changes if change.operation in ("update", "replace") and change.paths])
     if preview.unchanged:
         yield from ("", f"{preview.unchanged} unchanged")
 

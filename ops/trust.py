@@ -10,10 +10,10 @@ from cryptography.hazmat.primitives.hashes import SHA256
 
 from ops.ssh import Finished, run
 from ops.stack import OpsError, registry_of, settings_of
+from ops.verify import AUTHORITY_WARNING_DAYS
 from settings import PROJECT, TrustHost
 
 AT_ONCE = 32
-AUTHORITY_WARNING_DAYS = 180  # all clients have to be told
 INSTALL = "Run `python -m ops trust --fix {host}`."
 
 
