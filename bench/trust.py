@@ -53,7 +53,7 @@ def _measure(network: Network, stack: Stack, folder: Path, runs: int, table: Tab
         stack.set("trust", docker=False, hostsFile=False, hosts=entries)
 
     for count in HOSTS:
-        added, unchanged, floor, before = [], [], [], 0
+        added, unchanged, floor = [], [], []
         for _ in range(runs):
             list_hosts(0)
             stack.up()

@@ -23,7 +23,6 @@ PACKAGES = {
     "openssl": "openssl",
     "docker": "docker.io",
     "containerd": "containerd",
-    "pidof": "sysvinit-utils",
 }
 START_SECONDS = 60
 USER, USER_ID = "operator", 4711

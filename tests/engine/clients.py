@@ -56,14 +56,12 @@ class DockerClient:
 class ContainerdClient:
     """A containerd on a machine, asked to pull as the kubelet asks it: by the CRI, with its own configuration."""
 
-    def __init__(self, machine: Machine, program: str = "containerd") -> None:
-        self._machine = machine
-        self._program = program
-        self.start()
+    # Its number among the machine's own processes is kept, so that it can be ended by it.
+    program = "echo $$ >/run/containerd/pid && exec containerd"
 
-    def start(self) -> None:
-        """Start it with the configuration that it has now."""
-        self._machine.start_program("containerd", self._program, until=["ctr", "plugins", "ls"])
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        machine.start_program("containerd", "sh", "-c", self.program, until=["ctr", "plugins", "ls"])
         self.connect()
 
     def connect(self) -> None:

@@ -23,10 +23,10 @@ SCRIPT = ROOT / "hosts/trust.sh"
 VERSION_2 = 'version = 2\n[plugins."io.containerd.grpc.v1.cri".registry]\n  config_path = "/etc/containerd/certs.d"\n'
 VERSION_3 = "version = 3\n[plugins.'io.containerd.cri.v1.images'.registry]\n  config_path = '/etc/containerd/certs.d'\n"
 X509 = "x509: certificate signed by unknown authority"
-# By its name among the machine's own processes: it sees no others.
 RESTART = (
-    "pkill -x containerd; while pidof containerd; do sleep 0.1; done; "
-    "setsid -f containerd >/dev/null 2>&1; until ctr plugins ls; do sleep 0.1; done; echo restarted >>/etc/containerd/restarts"
+    "pid=$(cat /run/containerd/pid); kill $pid; while kill -0 $pid; do sleep 0.1; done; "
+    f"setsid -f sh -c '{ContainerdClient.program}' >/dev/null 2>&1; until ctr plugins ls; do sleep 0.1; done; "
+    "echo restarted >>/etc/containerd/restarts"
 )
 
 
