@@ -270,6 +270,9 @@ Generation = Annotated[
     int,
     _rule(lambda number: 1 <= number <= 1000, "must be a number from 1 to 1000", "write 1, and the next one for a new authority"),
 ]
+Wave = Annotated[
+    int, _rule(lambda number: 1 <= number <= 1000, "must be a number from 1 to 1000", "write 1 for the stacks that come first")
+]
 MemoryMiB = Annotated[
     int,
     _rule(lambda size: 64 <= size <= 1 << 20, "must be a number of MiB from 64 to 1048576", "write one such as 512"),
@@ -581,6 +584,17 @@ class Trust(_Section):
         return self
 
 
+class Environment(_Section):
+    """What the stack is among the others: `ops rollout` and the policy pack go by it."""
+
+    production: bool = Field(
+        False, description="true: `ops rollout` asks before it changes the stack, and the policies of production hold"
+    )
+    wave: Wave | None = Field(
+        None, description="stacks next to each other in `ops rollout` with the same number are brought up at the same time"
+    )
+
+
 class Settings(_Section):
     """All that a stack says about the registry, but for its secrets."""
 
@@ -593,6 +607,7 @@ class Settings(_Section):
     kubernetes: Kubernetes = Kubernetes()
     storage: Storage = Storage()
     trust: Trust = Trust()
+    environment: Environment = Environment()
 
     @property
     def address(self) -> str:
@@ -615,6 +630,7 @@ SECRETS: Mapping[str, str] = {
     "sshPrivateKey": "private key in PEM or OpenSSH form for image.nodes, storage.rbd.host and trust.hosts",
     "cephKey": "key of the Ceph user storage.rbd.user, where the stack is not to make that user",
 }
+DEFAULTS = "defaults"  # the key of what Pulumi.yaml says for all stacks of a target
 _TYPE_RULES = {
     "missing": ("must be there", "write it"),
     "int_type": ("must be a whole number", "write it without quotes and without a fraction"),
@@ -650,6 +666,7 @@ def load(config: Mapping[str, str], secret_keys: set[str], stack: str) -> Settin
     faults: list[str] = []
     sections: dict[str, Any] = {}
     secrets: dict[str, Any] = {}
+    defaults: dict[str, Any] = {}
     known = {field.alias or name: field for name, field in Settings.model_fields.items()}
     for full_key, text in sorted(config.items()):
         namespace, _, key = full_key.partition(":")
@@ -664,16 +681,34 @@ def load(config: Mapping[str, str], secret_keys: set[str], stack: str) -> Settin
                 )
             else:
                 secrets[key] = value
-        elif key not in known:
-            names = ", ".join(sorted([*known, *SECRETS]))
+        elif key not in known and key != DEFAULTS:
+            names = ", ".join(sorted([*known, *SECRETS, DEFAULTS]))
             faults.append(f"{json.dumps(full_key)[1:-1]} is not a setting: it must be one of {names}; correct or remove it")
         elif full_key in secret_keys:
             faults.append(f"{full_key} is encrypted: only {', '.join(SECRETS)} may be; set it without --secret")
+        elif key == DEFAULTS:
+            wrong = _default_faults(value)
+            faults += wrong
+            defaults = {} if wrong else value
         else:
             # A text that reads as a number or a truth value is still the text that the user wrote.
             sections[key] = text if known[key].annotation is str and not isinstance(value, (dict, list)) else value
-    settings = Settings()
+    sections = _merged(defaults.get(str(sections.get("target", Settings().target)), {}), sections)
+    valid, wrong = _validated(sections)
+    faults += wrong
+    settings = Settings().model_copy(update=valid)
+    faults += _contradictions(settings, secrets, sections.keys() - valid.keys())
+    faults += _of_the_other_target(settings, sections)
+    faults += _secret_faults(settings, secrets)
+    if faults:
+        raise SettingsError(stack, faults)
+    return settings
+
+
+def _validated(sections: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the sections that keep all rules on themselves, and the faults of the others."""
     valid: dict[str, Any] = {}
+    faults: list[str] = []
     for key, value in sections.items():
         try:
             one = Settings.model_validate_json(json.dumps({key: value}))
@@ -681,13 +716,33 @@ def load(config: Mapping[str, str], secret_keys: set[str], stack: str) -> Settin
             faults += [_sentence(detail) for detail in error.errors()]
         else:
             valid[key] = getattr(one, key)
-    settings = settings.model_copy(update=valid)
-    faults += _contradictions(settings, secrets, sections.keys() - valid.keys())
-    faults += _of_the_other_target(settings, sections)
-    faults += _secret_faults(settings, secrets)
-    if faults:
-        raise SettingsError(stack, faults)
-    return settings
+    return valid, faults
+
+
+def _default_faults(value: Any) -> list[str]:
+    """Return what is wrong with the shape of the defaults; their values are checked as each stack's own."""
+    key = f"{PROJECT}:{DEFAULTS}"
+    targets = get_args(Settings.model_fields["target"].annotation)
+    if not isinstance(value, dict) or not all(isinstance(sections, dict) for sections in value.values()):
+        return [f"{key} is not a mapping of {' and '.join(targets)} to settings: it must be one; write the settings below them"]
+    faults = [
+        f"{key}.{json.dumps(target)[1:-1]} is not a target: {DEFAULTS} has {', '.join(targets)}; correct or remove it"
+        for target in value.keys() - set(targets)
+    ]
+    names = {field.alias or name for name, field in Settings.model_fields.items()} - {"target"}
+    return faults + [
+        f"{key}.{target}.{json.dumps(name)[1:-1]} is not a setting that can be shared: it must be one of "
+        f"{', '.join(sorted(names))}; correct or remove it"
+        for target, sections in value.items()
+        for name in sorted(sections.keys() - names)
+    ]
+
+
+def _merged(defaults: Any, said: Any) -> Any:
+    """Return what a stack says over the defaults, mapping by mapping; a list is taken as a whole."""
+    if not isinstance(defaults, dict) or not isinstance(said, dict):
+        return said
+    return {**defaults, **{key: _merged(defaults.get(key), value) for key, value in said.items()}}
 
 
 def of_stack() -> Settings:

@@ -29,7 +29,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 def _plugin_versions() -> dict[str, str]:
     pins = (ROOT / "requirements.txt").read_text()
-    return dict(re.findall(r"^pulumi-(\w+)==(\S+)", pins, re.MULTILINE))
+    return dict(re.findall(r"^pulumi-(?!policy)(\w+)==(\S+)", pins, re.MULTILINE))  # policies need no plugin
 
 
 def _cli_on_path() -> Path | None:

@@ -50,7 +50,9 @@ class Stack:
             "STACK": name,
         }
         (folder / "state").mkdir()
-        shutil.copy(ROOT / "Pulumi.yaml", folder)
+        project = yaml.safe_load((ROOT / "Pulumi.yaml").read_text())
+        del project["config"]["defaults"]  # they are of the environments that the project has as examples
+        (folder / "Pulumi.yaml").write_text(yaml.safe_dump(project))
         for entry in PROGRAM:
             (folder / entry).symlink_to(ROOT / entry)
         self._write()

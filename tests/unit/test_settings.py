@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from settings import PROJECT, SECRETS, Settings, SettingsError, load, stack_file_schema
+from settings import DEFAULTS, PROJECT, SECRETS, Settings, SettingsError, load, stack_file_schema
 
 ROOT = Path(__file__).parent.parent.parent
 JSON = st.recursive(
@@ -129,7 +129,39 @@ def test_the_schema_is_made_from_the_settings() -> None:
 @pytest.mark.parametrize("file", sorted(ROOT.glob("Pulumi.*.yaml")), ids=lambda file: file.name)
 def test_every_stack_file_of_the_project_is_valid(file: Path) -> None:
     config = yaml.safe_load(file.read_text())["config"]
+    config[f"{PROJECT}:{DEFAULTS}"] = yaml.safe_load((ROOT / "Pulumi.yaml").read_text())["config"][DEFAULTS]["default"]
     load({key: value if isinstance(value, str) else json.dumps(value) for key, value in config.items()}, set(), file.stem)
+
+
+def test_a_stack_has_the_defaults_of_its_target_where_it_says_nothing_itself() -> None:
+    defaults = {"docker": {"image": {"tag": "1"}, "container": {"port": 1}}, "kubernetes": {"image": {"tag": "2"}}}
+    settings = loaded(defaults=defaults, container={"name": "mine"})
+    assert (settings.image.tag, settings.container.port, settings.container.name) == ("1", 1, "mine")
+
+
+def test_a_list_of_a_stack_replaces_the_list_of_the_defaults() -> None:
+    defaults = {"docker": {"certificate": {"names": ["a.test", "b.test"]}}}
+    assert loaded(defaults=defaults, certificate={"names": ["c.test"]}).certificate.names == ("c.test",)
+
+
+def test_a_stack_takes_a_default_back_with_null() -> None:
+    rbd = {"monitors": ["10.0.0.1:6789"]}
+    defaults = {"kubernetes": {"image": {"pushTo": "hub.example.com"}, "storage": {"rbd": rbd}}}
+    settings = loaded(defaults=defaults, target="kubernetes", storage={"rbd": None, "claim": {"sizeGiB": 5}})
+    assert settings.storage.claim.size_gib == 5
+
+
+@pytest.mark.parametrize(
+    "defaults", [[], {"docker": 1}, {"other": {}}, {"docker": {"users": {}}}, {"docker": {"target": "docker"}}], ids=str
+)
+def test_defaults_of_another_shape_are_refused(defaults: Any) -> None:
+    (said,) = faults(defaults=defaults)
+    assert said.startswith(f"{PROJECT}:defaults")
+
+
+def test_a_faulty_default_is_told_by_the_setting_that_it_is_of() -> None:
+    (said,) = faults(defaults={"docker": {"container": {"port": 0}}})
+    assert said.startswith(f"{PROJECT}:container.port is 0")
 
 
 def test_every_setting_is_in_the_readme() -> None:
