@@ -1,5 +1,7 @@
 """`python -m ops`: the commands, each in a module of its own that is imported when it is needed."""
 
+import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 # The library would show the values of all variables with a traceback, and passwords are among them.
 app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console(highlight=False, soft_wrap=True)
+INTERRUPTED = 130  # a shell's code for what Ctrl-C ended
 Stack = Annotated[str, typer.Option(help="The stack.", envvar="STACK")]
 
 
@@ -25,10 +28,10 @@ def main() -> None:
     """Operate a private registry that Pulumi brought up."""
 
 
-def _failed(error: OpsError) -> typer.Exit:
+def _failed(error: OpsError, code: int = 1) -> typer.Exit:
     console.print(f"[red]✗[/red] {escape(error.what)}")
     console.print(f"  {error.mend}", markup=False)
-    return typer.Exit(1)
+    return typer.Exit(code)
 
 
 @app.command()
@@ -96,10 +99,11 @@ def report(
     html: Annotated[Path | None, typer.Option("--html", help="Also write a page with the resources to this file.")] = None,
 ) -> None:
     """Write what a preview will do as a comment in Markdown; exit 10: needs approval, 20: would lose data, 1: failed."""
-    from ops.report import markdown, of_file, of_stack, verdict_of
+    from ops.engine import Run
+    from ops.report import markdown, of_file, of_run, verdict_of
 
     try:
-        preview = of_stack(stack) if file is None else of_file(file)
+        preview = of_run(Run("preview", stack)) if file is None else of_file(file)
     except OpsError as error:
         raise _failed(error) from None
     if html is not None:
@@ -108,6 +112,45 @@ def report(
         html.write_text(page(stack, preview))
     typer.echo(markdown(stack, preview), nl=False)
     raise typer.Exit(verdict_of(preview).code)
+
+
+@app.command()
+def rollout(
+    stacks: Annotated[list[str], typer.Argument(metavar="STACK...", help="The stacks, in their order.")],
+    yes_for: Annotated[
+        list[str] | None, typer.Option("--yes-for", metavar="STACK", help="Change this stack of production without asking.")
+    ] = None,
+    allow_data_loss: Annotated[
+        list[str] | None,
+        typer.Option("--allow-data-loss", metavar="STACK/RESOURCE", help="Delete this resource of this stack with its data."),
+    ] = None,
+) -> None:
+    """Bring stacks up one after the other: preview, policies, approval, up, push and pull; stop at the first thing wrong.
+
+    Stacks next to each other with the same environment.wave go at once. Run again, it goes on where it stopped. Exit 10:
+    production was not approved, 20: data would be lost, 1: something failed.
+    """
+    from ops.progress import RolloutProgress
+    from ops.rollout import Rollout, RolloutError
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # how a pipeline is cancelled
+    with RolloutProgress(console) as shown:
+        try:
+            ask = shown.ask if sys.stdin.isatty() else None
+            walk = Rollout(stacks, approved=yes_for or [], losses=allow_data_loss or [], ask=ask, tell=shown.tell)
+        except OpsError as error:
+            raise _failed(error) from None
+        stopped = None
+        try:
+            walk.run()
+        except RolloutError as error:
+            stopped = error
+        except KeyboardInterrupt:
+            words = "Interrupted: the engine finished what it had begun."
+            stopped = RolloutError(words, "Run the same command again to go on.", INTERRUPTED)
+        shown.show_table(walk.progress)
+        if stopped is not None:
+            raise _failed(stopped, stopped.code)
 
 
 @app.command()

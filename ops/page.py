@@ -45,6 +45,7 @@ def page(stack: str, preview: Preview) -> str:
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
         f"<title>{escape(heading)}</title><style>{STYLE}</style></head><body><h1>{escape(heading)}</h1>",
         *(f"<pre>{escape(error)}</pre>" for error in preview.errors),
+        *(f"<p>Refused by policies: {escape(refusal)}</p>" for refusal in preview.refusals),
         *_sentences(preview),
     ]
     if preview.changes:

@@ -1,18 +1,19 @@
 """`ops report`: what a preview will do, as a comment for a pull request. What would lose data comes first.
 
-Source of the preview's form: https://github.com/pulumi/pulumi/blob/master/sdk/go/common/display/events.go (PreviewDigest).
+Source of the form of a preview in a file: https://github.com/pulumi/pulumi/blob/master/sdk/go/common/display/events.go
+(PreviewDigest); it does not have what policies say.
 """
 
 import json
 import os
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from ops.stack import ROOT, OpsError, options_of
+from ops.engine import Run
+from ops.stack import OpsError, options_of
 
 MARK_OF_A_SECRET = "4dabf18193072939515e22adb298388d"  # noqa: S105, the key of a secret's mapping, in every state
 LONGEST_VALUE = 60
@@ -23,16 +24,18 @@ GAP = "the registry is away for two to three seconds"
 
 
 class Verdict(Enum):
-    """What a preview comes to: in words, and as the command's exit code."""
+    """What a preview comes to: in words, as the command's exit code, and how bad it is among the others."""
 
-    FINE = ("fine", 0)
-    FAILED = ("the preview failed", 1)
-    NEEDS_APPROVAL = ("needs approval", 10)
-    LOSES_DATA = ("would lose data", 20)
+    FINE = ("fine", 0, 0)
+    NEEDS_APPROVAL = ("needs approval", 10, 1)
+    REFUSED = ("refused by policies", 1, 2)
+    LOSES_DATA = ("would lose data", 20, 3)
+    FAILED = ("the preview failed", 1, 4)
 
-    def __init__(self, words: str, code: int) -> None:
+    def __init__(self, words: str, code: int, rank: int) -> None:
         self.words = words
         self.code = code
+        self.rank = rank
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Change:
 
     @property
     def name(self) -> str:
-        return self.urn.rpartition("::")[2]
+        return _name(self.urn)
 
     @property
     def kind(self) -> str:
@@ -76,21 +79,38 @@ class Preview:
     unchanged: int
     """How many resources stay as they are."""
     errors: list[str]
+    refusals: Sequence[str] = ()
+    """What mandatory policies say against it."""
 
 
-def of_stack(stack: str) -> Preview:
-    """Preview a stack.
+def of_run(run: Run) -> Preview:
+    """Return what a preview that runs says, when it has ended.
 
     Raises:
-        OpsError: the engine says nothing that can be read.
+        OpsError: it ended before the engine did anything.
     """
-    command = ["pulumi", "--non-interactive", "--color", "never", "preview", "--json", "--stack", stack]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    try:
-        return read(json.loads(run.stdout), failed=run.returncode != 0, said=run.stderr)
-    except json.JSONDecodeError:
-        said = (run.stderr.strip() or run.stdout.strip())[-2000:]
-        raise OpsError(f"`pulumi preview --stack {stack}` failed: {said}", "Mend that, and run this again.") from None
+    steps: list[dict[str, Any]] = []
+    diagnostics: list[dict[str, Any]] = []
+    summary: dict[str, int] = {}
+    refusals: list[str] = []
+    for kind, event in run.events():
+        if kind == "resourcePreEvent":
+            step = event["metadata"]
+            steps.append({**step, "oldState": step.get("old"), "newState": step.get("new")})
+        elif kind == "diagnosticEvent":
+            diagnostics.append(event)
+        elif kind == "policyEvent" and event["enforcementLevel"] == "mandatory":
+            refusals.append(
+                f"`{event['policyName']}` {_name(event.get('resourceUrn', ''))}: {' '.join(event['message'].split())}"
+            )
+        elif kind == "summaryEvent":
+            summary = event["resourceChanges"]
+    digest = {"steps": steps, "diagnostics": diagnostics, "changeSummary": summary}
+    return read(digest, failed=run.failed and not refusals, refusals=refusals)
+
+
+def _name(urn: str) -> str:
+    return urn.rpartition("::")[2]
 
 
 def of_file(file: Path) -> Preview:
@@ -106,13 +126,13 @@ def of_file(file: Path) -> Preview:
         raise OpsError(f"{file} cannot be read as a preview: {error}.", "Give what `pulumi preview --json` printed.") from None
 
 
-def read(digest: Mapping[str, Any], *, failed: bool = False, said: str = "") -> Preview:
+def read(digest: Mapping[str, Any], *, failed: bool = False, said: str = "", refusals: Sequence[str] = ()) -> Preview:
     """Return what `pulumi preview --json` printed."""
     errors = [entry["message"].strip() for entry in digest.get("diagnostics") or [] if entry.get("severity") == "error"]
     if failed and not errors:
         errors = [said.strip() or "it did not say why"]
     changes = [_change(step) for step in digest.get("steps") or [] if step["op"] not in IGNORED and not _is_group(step)]
-    return Preview(changes, int((digest.get("changeSummary") or {}).get("same", 0)), errors)
+    return Preview(changes, int((digest.get("changeSummary") or {}).get("same", 0)), errors, refusals)
 
 
 def _is_group(step: Mapping[str, Any]) -> bool:
@@ -212,8 +232,8 @@ def _command(change: Change) -> tuple[Verdict, str] | None:
     if "RbdVolume$" in change.urn and change.name == "volume":
         return _rbd_image(change)
     if "ClientTrust$" in change.urn and change.operation == "delete":
-        host = (change.before.get("connection") or {}).get("host", "this machine")
-        return Verdict.NEEDS_APPROVAL, f"{host} trusts the registry no more"
+        host = change.name.removeprefix("trust-")  # its connection is a secret
+        return Verdict.NEEDS_APPROVAL, f"{'this machine' if host == 'trust' else host} trusts the registry no more"
     return None
 
 
@@ -241,14 +261,16 @@ def _released(image: str, size: int, policy: str | None, days: str | None) -> tu
 
 def verdict_of(preview: Preview) -> Verdict:
     """Return the worst of all changes."""
-    if preview.errors:
-        return Verdict.FAILED
-    return max((judged(change)[0] for change in preview.changes), key=lambda one: one.code, default=Verdict.FINE)
+    found = [judged(change)[0] for change in preview.changes]
+    found += [Verdict.FAILED] if preview.errors else []
+    found += [Verdict.REFUSED] if preview.refusals else []
+    return max(found, key=lambda one: one.rank, default=Verdict.FINE)
 
 
 def title(stack: str, preview: Preview) -> str:
     """Return what a preview comes to, in one line."""
-    return f"{stack}: {verdict_of(preview).words if preview.changes or preview.errors else 'nothing to change'}"
+    verdict = verdict_of(preview)
+    return f"{stack}: {verdict.words if preview.changes or verdict != Verdict.FINE else 'nothing to change'}"
 
 
 def by_verdict(preview: Preview) -> dict[str, list[tuple[Change, str]]]:
@@ -261,6 +283,14 @@ def by_verdict(preview: Preview) -> dict[str, list[tuple[Change, str]]]:
     return {words: changes for words, changes in found.items() if changes}
 
 
+def sentences(preview: Preview) -> Iterator[str]:
+    """Yield what a preview comes to, a line each: why it cannot be, what policies say, and the changes, the worst first."""
+    yield from preview.errors
+    yield from (f"refused by policies: {refusal}" for refusal in preview.refusals)
+    for heading, changes in by_verdict(preview).items():
+        yield from (f"{heading.lower()}: {_line(change, words)[2:]}" for change, words in changes)
+
+
 def markdown(stack: str, preview: Preview) -> str:
     """Return the report as one comment, which begins with a mark by which it is found again."""
     return "\n".join([f"<!-- private-registry report {stack} -->", *_lines(stack, preview)]) + "\n"
@@ -270,6 +300,9 @@ def _lines(stack: str, preview: Preview) -> Iterator[str]:
     yield f"### {title(stack, preview)}"
     for error in preview.errors:
         yield from ("", "```", error.replace("```", "'''"), "```")
+    if preview.refusals:
+        yield from ("", "**Refused by policies**", "")
+        yield from (f"- {refusal}" for refusal in preview.refusals)
     for heading, changes in by_verdict(preview).items():
         yield from ("", f"**{heading}**", "")
         yield from (_line(change, words) for change, words in changes)

@@ -49,14 +49,19 @@ class Stack:
             "PULUMI_CONFIG_PASSPHRASE": "a passphrase for tests",
             "STACK": name,
         }
-        (folder / "state").mkdir()
+        if not (folder / "state").exists():
+            self._make_project()
+        self.write()
+        self.pulumi("stack", "init", name)
+
+    def _make_project(self) -> None:
+        """Make the folder that all stacks of a project share."""
+        (self.folder / "state").mkdir()
         project = yaml.safe_load((ROOT / "Pulumi.yaml").read_text())
         del project["config"]["defaults"]  # they are of the environments that the project has as examples
-        (folder / "Pulumi.yaml").write_text(yaml.safe_dump(project))
+        (self.folder / "Pulumi.yaml").write_text(yaml.safe_dump(project))
         for entry in PROGRAM:
-            (folder / entry).symlink_to(ROOT / entry)
-        self._write()
-        self.pulumi("stack", "init", name)
+            (self.folder / entry).symlink_to(ROOT / entry)
 
     @property
     def address(self) -> str:
@@ -75,10 +80,10 @@ class Stack:
 
     def set_secret(self, path: str, value: str) -> None:
         """Set an encrypted value; it stays in the file."""
-        self._write()
+        self.write()
         self.pulumi("config", "set", "--secret", "--path", f"private-registry:{path}", "--", value)
 
-    def _write(self) -> None:
+    def write(self) -> None:
         """Write the settings over what the file says of them; encrypted values and the salt stay."""
         content = yaml.safe_load(self.file.read_text()) if self.file.exists() else {}
         config = content.setdefault("config", {})
@@ -105,7 +110,7 @@ class Stack:
         return self.run("pulumi", "--non-interactive", "--color", "never", *arguments, check=check)
 
     def _update(self, verb: str, *arguments: str, check: bool) -> subprocess.CompletedProcess[str]:
-        self._write()
+        self.write()
         return self.pulumi(verb, "--stack", self.name, *arguments, check=check)
 
     def up(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -124,7 +129,7 @@ class Stack:
 
     def start(self, verb: str) -> subprocess.Popen[bytes]:
         """Begin an update in a process group of its own, to be killed in the middle."""
-        self._write()
+        self.write()
         command = ["pulumi", "--non-interactive", verb, "--yes", "--skip-preview", "--stack", self.name]
         return subprocess.Popen(
             command,

@@ -1,0 +1,242 @@
+"""`ops rollout`: a change walks from environment to environment, and stops at the first thing that is wrong.
+
+It keeps no record of its own: run again, it passes over what is up to date, and so goes on where it stopped.
+"""
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from itertools import groupby, pairwise
+from typing import Any, TypeVar
+
+from ops.engine import Run
+from ops.report import IGNORED, Preview, Verdict, judged, of_run, sentences, title, verdict_of
+from ops.stack import OpsError, registry_of, settings_of
+
+AGAIN = "Mend that, then run the same command again: it passes over what is up to date."
+T = TypeVar("T")
+
+
+class RolloutError(OpsError):
+    """The rollout goes no further; ``code`` is the command's exit code."""
+
+    def __init__(self, what: str, mend: str = AGAIN, code: int = 1) -> None:
+        super().__init__(what, mend)
+        self.code = code
+
+
+@dataclass
+class Progress:
+    """How far the rollout of one stack is."""
+
+    stack: str
+    phase: str = "not begun"
+    done: int = 0
+    total: int = 0
+    """How many resources change."""
+    changes: str = ""
+    """What changes, in words."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """How long each part took: preview, up, verify."""
+
+
+class Rollout:
+    """Stacks, brought up one after the other in the order given, or at once where their files say so."""
+
+    def __init__(
+        self,
+        stacks: Sequence[str],
+        *,
+        approved: Sequence[str],
+        losses: Sequence[str],
+        ask: Callable[[str, list[str]], bool] | None,
+        tell: Callable[[Progress], None],
+    ) -> None:
+        """Read the settings of all stacks.
+
+        Args:
+            stacks: their names.
+            approved: stacks of production that may be changed without a question.
+            losses: resources that may be deleted with their data, each as STACK/RESOURCE.
+            ask: shows the sentences about a stack and returns whether it may be changed; None where nobody can be asked.
+            tell: is told of each step of a stack's progress, by any thread.
+
+        Raises:
+            RolloutError: a name is wrong, or the settings of a stack have faults.
+        """
+        _check_names(stacks, approved, [loss.rpartition("/")[0] for loss in losses])
+        self._approved, self._losses, self._ask, self._tell = approved, losses, ask, tell
+        self._running: set[Run] = set()
+        self._interrupted = False
+        self.progress = {stack: Progress(stack) for stack in stacks}
+        settings = dict(zip(stacks, self._each(stacks, lambda stack: settings_of(stack)[0].environment), strict=True))
+        self._production = [stack for stack in stacks if settings[stack].production]
+        self.waves = _waves({stack: settings[stack].wave for stack in stacks})
+
+    def run(self) -> None:
+        """Bring up one wave after the other.
+
+        Raises:
+            RolloutError: something is wrong; what comes after it was not begun.
+            KeyboardInterrupt: it was interrupted; the engine finished what it had begun.
+        """
+        for wave in self.waves:
+            previews = dict(zip(wave, self._each(wave, self._preview), strict=True))
+            for stack in wave:
+                self._gate(stack, previews[stack])
+            self._each(wave, lambda stack, previews=previews: self._bring_up(stack, previews[stack]))  # type: ignore[misc]
+
+    def _each(self, stacks: Sequence[str], take: Callable[[str], T]) -> list[T]:
+        """Do the same for several stacks at once; what went wrong is raised when all have ended."""
+        with ThreadPoolExecutor(len(stacks)) as pool:
+            futures = [pool.submit(take, stack) for stack in stacks]
+            while any(not future.done() for future in futures):
+                try:
+                    wait(futures)
+                except KeyboardInterrupt:
+                    self._interrupted = True
+                    for run in list(self._running):
+                        run.interrupt()
+        if self._interrupted:
+            raise KeyboardInterrupt
+        errors = [error for future in futures if isinstance(error := future.exception(), OpsError)]
+        if len(errors) > 1:
+            mends = "\n  ".join(dict.fromkeys(error.mend for error in errors))
+            raise RolloutError("\n".join(error.what for error in errors), mends)
+        return [future.result() for future in futures]
+
+    @contextlib.contextmanager
+    def _part(self, stack: str, part: str) -> Iterator[None]:
+        """Tell how long a part takes, and what is wrong with it."""
+        begin = time.monotonic()
+        try:
+            yield
+        except OpsError as error:
+            raise self._stopped(stack, error.what, error.mend) from None
+        finally:
+            self.progress[stack].seconds[part] = time.monotonic() - begin
+
+    @contextlib.contextmanager
+    def _run(self, verb: str, stack: str, *arguments: str) -> Iterator[Run]:
+        if self._interrupted:
+            raise RolloutError("interrupted")
+        run = Run(verb, stack, *arguments)
+        self._running.add(run)
+        try:
+            yield run
+        finally:
+            self._running.discard(run)
+
+    def _say(self, stack: str, phase: str, *, done: int = 0, total: int = 0) -> None:
+        progress = self.progress[stack]
+        progress.phase, progress.done, progress.total = phase, done, total
+        self._tell(progress)
+
+    def _stopped(self, stack: str, what: str, mend: str = AGAIN, code: int = 1) -> RolloutError:
+        self._say(stack, "stopped")
+        return RolloutError(f"{stack}: {what}", mend, code)
+
+    def _preview(self, stack: str) -> Preview:
+        self._say(stack, "previewing")
+        with self._part(stack, "preview"), self._run("preview", stack) as run:
+            preview = of_run(run)
+        self.progress[stack].changes = _counted(preview)
+        self._say(stack, title(stack, preview).removeprefix(f"{stack}: "))
+        return preview
+
+    def _gate(self, stack: str, preview: Preview) -> None:
+        """Let a preview pass, or stop."""
+        verdict, said = verdict_of(preview), "\n".join([title(stack, preview).removeprefix(f"{stack}: "), *sentences(preview)])
+        if verdict in (Verdict.FAILED, Verdict.REFUSED) or preview.refusals:
+            raise self._stopped(stack, said)
+        losses = [f"{stack}/{change.name}" for change in preview.changes if judged(change)[0] == Verdict.LOSES_DATA]
+        if refused := [loss for loss in losses if loss not in self._losses]:
+            allow = " ".join(f"--allow-data-loss {loss}" for loss in refused)
+            raise self._stopped(stack, said, f"Take the change back. If all that may be lost: {allow}", verdict.code)
+        if stack in self._production and stack not in self._approved and preview.changes:
+            self._approve(stack, preview)
+
+    def _approve(self, stack: str, preview: Preview) -> None:
+        """Ask, and make sure that what was approved is what is done."""
+        code = Verdict.NEEDS_APPROVAL.code
+        if self._ask is None:
+            said = "\n".join(["it is production, and nobody can be asked", *sentences(preview)])
+            raise self._stopped(stack, said, f"Approve it: --yes-for {stack}", code)
+        self._say(stack, "waiting for approval")
+        if not self._ask(stack, list(sentences(preview))):
+            raise self._stopped(stack, "it was not approved", "Run the same command again when it may be changed.", code)
+        # The answer may have taken hours.
+        if list(sentences(again := self._preview(stack))) != list(sentences(preview)):
+            self._gate(stack, again)
+
+    def _bring_up(self, stack: str, preview: Preview) -> None:
+        if preview.changes:
+            with self._part(stack, "up"):
+                self._up(stack, len(preview.changes))
+        with self._part(stack, "verify"):
+            self._verify(stack)
+        self._say(stack, "done")
+
+    def _up(self, stack: str, total: int) -> None:
+        done = 0
+        errors: list[str] = []
+        self._say(stack, "bringing up", total=total)
+        with self._run("up", stack, "--yes", "--skip-preview") as run:
+            for kind, event in run.events():
+                if kind == "resOutputsEvent" and _is_change(event["metadata"]):
+                    done += 1
+                    self._say(stack, "bringing up", done=min(done, total), total=total)
+                elif kind == "diagnosticEvent" and event["severity"] == "error":
+                    errors.append(event["message"].strip())
+                elif kind == "policyEvent" and event["enforcementLevel"] == "mandatory":
+                    errors.append(f"{event['policyName']}: {event['message'].strip()}")
+        if run.failed:
+            said = "\n".join(["`pulumi up` failed", *errors])
+            raise OpsError(said, f"{AGAIN} If it was cut off: `python -m ops recover --stack {stack}` first.")
+
+    def _verify(self, stack: str) -> None:
+        from ops.verify import Verification
+
+        for name, take in Verification(registry_of(stack)).steps():
+            self._say(stack, f"verifying: {name}")
+            take()
+
+
+def _check_names(stacks: Sequence[str], approved: Sequence[str], losing: Sequence[str]) -> None:
+    if twice := [stack for stack, count in Counter(stacks).items() if count > 1]:
+        raise RolloutError(f"{twice[0]} is there twice.", "Name each stack once.")
+    for option, names in (("--yes-for", approved), ("--allow-data-loss", losing)):
+        if others := [name for name in names if name not in stacks]:
+            raise RolloutError(
+                f"{option} names {others[0] or 'no stack'}, which is none of {', '.join(stacks)}.",
+                "Write a stack that is rolled out" + ("." if option == "--yes-for" else ", as in dev/volume."),
+            )
+
+
+def _waves(waves: Mapping[str, int | None]) -> list[list[str]]:
+    """Return the stacks that go at once, in their order; one without a number goes alone.
+
+    Raises:
+        RolloutError: the order contradicts the numbers.
+    """
+    numbered = [(stack, wave) for stack, wave in waves.items() if wave is not None]
+    for (earlier, first), (later, second) in pairwise(numbered):
+        if first > second:
+            raise RolloutError(
+                f"{later} is of wave {second}, but comes after {earlier}, which is of wave {first}.",
+                "Name the stacks in the order of environment.wave.",
+            )
+    grouped = groupby(waves, key=lambda stack: waves[stack] or stack)
+    return [list(stacks) for _, stacks in grouped]
+
+
+def _is_change(step: Mapping[str, Any]) -> bool:
+    return step["op"] not in IGNORED and bool((step.get("new") or step.get("old") or {}).get("custom"))
+
+
+def _counted(preview: Preview) -> str:
+    counts = Counter(change.operation for change in preview.changes)
+    return ", ".join(f"{operation} {count}" for operation, count in counts.items()) or "none"

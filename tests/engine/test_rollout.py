@@ -1,0 +1,235 @@
+"""`ops rollout`: a change walks through the environments of a project, and stops at the first thing that is wrong."""
+
+import contextlib
+import os
+import pty
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import docker
+import pytest
+
+from tests.engine.conftest import new_stack
+from tests.engine.stack import Stack
+
+ENVIRONMENTS = ("dev", "staging", "prod")
+MEGABYTES = (256, 384, 512)
+
+
+class Environments:
+    """Three stacks of one project; the last one is production."""
+
+    def __init__(self, stacks: dict[str, Stack]) -> None:
+        self.stacks = stacks
+        self.dev, self.staging, self.prod = stacks.values()
+        self.names = [stack.name for stack in stacks.values()]
+        self.prod.set("environment", production=True)
+        self.prod.set("storage", protect=True)
+
+    def rollout(self, *options: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Roll out to all three."""
+        self.write()
+        return self.dev.ops("rollout", *self.names, *options, check=check)
+
+    def approved(self, *options: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        return self.rollout("--yes-for", self.prod.name, *options, check=check)
+
+    def write(self) -> None:
+        for stack in self.stacks.values():
+            stack.write()
+
+    def is_up(self, stack: Stack) -> bool:
+        return bool(stack.state()["deployment"].get("resources"))
+
+
+@contextlib.contextmanager
+def new_environments(folder: Path, daemon: docker.DockerClient) -> Iterator[Environments]:
+    with contextlib.ExitStack() as stacks:
+        yield Environments({name: stacks.enter_context(new_stack(folder, daemon)) for name in ENVIRONMENTS})
+
+
+@pytest.fixture
+def environments(tmp_path: Path, daemon: docker.DockerClient) -> Iterator[Environments]:
+    with new_environments(tmp_path, daemon) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def rolled_out(tmp_path_factory: pytest.TempPathFactory, daemon: docker.DockerClient) -> Iterator[Environments]:
+    """Three environments that one command brought up; tests put back what they change."""
+    with new_environments(tmp_path_factory.mktemp("environments"), daemon) as made:
+        for megabytes, stack in zip(MEGABYTES, made.stacks.values(), strict=True):
+            stack.set("container", memoryMiB=megabytes)
+        made.approved()
+        yield made
+
+
+def test_one_command_rolls_out_to_environments_of_different_ports_and_sizes(
+    rolled_out: Environments, daemon: docker.DockerClient
+) -> None:
+    for megabytes, stack in zip(MEGABYTES, rolled_out.stacks.values(), strict=True):
+        assert daemon.containers.get(stack.name).attrs["HostConfig"]["Memory"] == megabytes << 20
+        assert stack.push_image() == stack.pull_image()
+
+
+def test_a_second_rollout_changes_nothing_and_verifies_all(rolled_out: Environments, daemon: docker.DockerClient) -> None:
+    before = [daemon.containers.get(name).id for name in rolled_out.names]
+    said = rolled_out.rollout().stdout
+    assert [daemon.containers.get(name).id for name in rolled_out.names] == before
+    for name in rolled_out.names:
+        assert f"{name}: nothing to change" in said
+        assert f"{name}: verifying" in said
+
+
+def test_a_fault_in_staging_stops_before_production_and_the_same_command_goes_on_after_the_mend(
+    environments: Environments,
+) -> None:
+    dev, staging, prod = environments.stacks.values()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port, staging.settings["container"]["port"] = staging.port, taken.getsockname()[1]
+        stopped = environments.approved(check=False)
+    assert stopped.returncode == 1
+    assert f"{staging.name}: `pulumi up` failed" in stopped.stdout
+    assert "run the same command again" in stopped.stdout
+    assert environments.is_up(dev)
+    assert not environments.is_up(prod)
+    staging.settings["container"]["port"] = port
+    said = environments.approved().stdout
+    assert f"{dev.name}: nothing to change" in said
+    assert prod.push_image() == prod.pull_image()
+
+
+def test_production_is_not_changed_where_nobody_can_be_asked(rolled_out: Environments) -> None:
+    with changed(rolled_out.prod, "container", memoryMiB=600):
+        stopped = rolled_out.rollout(check=False)
+    assert stopped.returncode == 10
+    assert f"--yes-for {rolled_out.prod.name}" in stopped.stdout
+    assert "replace `registry` (docker Container)" in stopped.stdout
+
+
+@pytest.mark.parametrize(("answer", "code", "memory"), [("n", 10, MEGABYTES[2]), ("y", 0, 640)], ids=["no", "yes"])
+def test_production_is_changed_after_a_question_only(
+    rolled_out: Environments, daemon: docker.DockerClient, answer: str, code: int, memory: int
+) -> None:
+    prod = rolled_out.prod
+    with changed(prod, "container", memoryMiB=640):
+        said, returned = answered(prod, answer, "rollout", prod.name)
+    assert returned == code
+    assert "needs approval: replace `registry` (docker Container)" in said
+    assert daemon.containers.get(prod.name).attrs["HostConfig"]["Memory"] == memory << 20
+
+
+def test_what_would_delete_a_volume_is_refused_until_it_is_allowed_by_its_name(
+    environments: Environments, daemon: docker.DockerClient
+) -> None:
+    dev = environments.dev
+    dev.set("storage", onDestroy="delete")
+    dev.up()
+    dev.set("storage", volume=f"{dev.name}-other")
+    dev.write()
+    assert dev.ops("report", check=False).returncode == 20
+    refused = environments.approved(check=False)
+    assert refused.returncode == 20
+    assert f"deletes the volume `{dev.name}` with all images" in refused.stdout
+    assert not environments.is_up(environments.staging)
+    assert daemon.volumes.get(dev.name)
+    (allow,) = (line.split()[-1] for line in refused.stdout.splitlines() if "--allow-data-loss" in line)
+    assert allow == f"{dev.name}/registry-images"
+    dev.ops("rollout", dev.name, "--allow-data-loss", allow)
+    assert [volume.name for volume in daemon.volumes.list(filters={"name": dev.name})] == [f"{dev.name}-other"]
+
+
+def test_a_change_that_would_delete_a_volume_of_production_is_refused_by_report_policy_and_rollout(
+    rolled_out: Environments, daemon: docker.DockerClient
+) -> None:
+    prod = rolled_out.prod
+    with changed(prod, "storage", volume=f"{prod.name}-other", onDestroy="delete", protect=False):
+        report = prod.ops("report", check=False)
+        policy = prod.preview("--policy-pack", "policy", check=False)
+        rollout = prod.ops("rollout", prod.name, "--yes-for", prod.name, check=False)
+    assert report.returncode != 0
+    assert policy.returncode != 0
+    assert rollout.returncode != 0
+    for run in (report, policy, rollout):
+        assert "protect" in run.stdout
+    assert daemon.volumes.get(prod.name)
+
+
+def test_stacks_of_one_wave_go_at_once(environments: Environments) -> None:
+    dev, staging = environments.dev, environments.staging
+    for stack in (dev, staging):
+        stack.set("environment", wave=1)
+        stack.write()
+    said = dev.ops("rollout", dev.name, staging.name).stdout.splitlines()
+    last_begin = max(said.index(f"{stack.name}: bringing up") for stack in (dev, staging))
+    first_end = min(said.index(f"{stack.name}: verifying") for stack in (dev, staging))
+    assert last_begin < first_end
+
+
+def test_an_interrupted_rollout_finishes_what_the_engine_began_and_goes_on_when_run_again(environments: Environments) -> None:
+    dev, staging = environments.dev, environments.staging
+    environments.write()
+    command = [sys.executable, "-m", "ops", "rollout", dev.name, staging.name]
+    with subprocess.Popen(command, cwd=dev.folder, env=dev.environment, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        for line in running.stdout:
+            if line == f"{dev.name}: bringing up\n":
+                running.send_signal(signal.SIGTERM)
+                break
+        said = running.stdout.read()
+    assert running.returncode == 130
+    assert "run the same command again" in said.lower()
+    assert not environments.is_up(staging)
+    assert dev.ops("recover").stdout == "Nothing to mend.\n"
+    dev.ops("rollout", dev.name, staging.name)
+    assert environments.is_up(staging)
+
+
+def test_faults_of_all_stacks_are_told_before_anything_changes(environments: Environments) -> None:
+    environments.staging.set("container", port=0)
+    environments.prod.set("container", memoryMiB=1)
+    refused = environments.approved(check=False)
+    assert refused.returncode == 1
+    assert "container.port is 0" in refused.stdout
+    assert "container.memoryMiB is 1" in refused.stdout
+    assert not environments.is_up(environments.dev)
+
+
+@contextlib.contextmanager
+def changed(stack: Stack, section: str, **values: Any) -> Iterator[None]:
+    """Let a stack say something else for a while, and bring back what it said."""
+    kept = stack.settings
+    stack.settings = {**kept}
+    stack.set(section, **values)
+    stack.write()
+    try:
+        yield
+    finally:
+        stack.settings = kept
+        stack.write()
+
+
+def answered(stack: Stack, answer: str, *command: str) -> tuple[str, int]:
+    """Run a command of `ops` on a terminal, and give one answer to its question."""
+    ours, theirs = pty.openpty()
+    environment = {**stack.environment, "COLUMNS": "200", "TERM": "dumb"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "ops", *command], cwd=stack.folder, env=environment, stdin=theirs, stdout=theirs, stderr=theirs
+    ) as running:
+        os.close(theirs)
+        said = b""
+        with contextlib.suppress(OSError):  # how the end of a terminal is told
+            while chunk := os.read(ours, 65536):
+                said += chunk
+                if b"[y/N]" in said and answer:
+                    os.write(ours, f"{answer}\n".encode())
+                    answer = ""
+        os.close(ours)
+    return said.decode(), running.returncode
