@@ -154,6 +154,28 @@ def rollout(
 
 
 @app.command()
+def drift(stacks: Annotated[list[str], typer.Argument(metavar="STACK...", help="The stacks.")]) -> None:
+    """Tell what differs from the stacks, without changing anything; exit 10: something does, 1: something failed.
+
+    Resources, hosts, the days that certificates have left, the room for images, and the image's base.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    from ops.drift import Kind, findings_of, worst
+
+    marks = {Kind.CLEAN: "[green]✓[/green]", Kind.DRIFT: "[yellow]![/yellow]", Kind.FAILURE: "[red]✗[/red]"}
+    everything = []
+    with ThreadPoolExecutor(len(stacks)) as pool:
+        all_findings = track(pool.map(findings_of, stacks), "looking", len(stacks), console=console, transient=True)
+        for stack, findings in zip(stacks, all_findings, strict=True):
+            console.print(f"{marks[worst(findings)]} {escape(stack)}: {worst(findings).words}")
+            for finding in findings:
+                console.print(f"  {marks[finding.kind]} {escape(finding.said)}")
+            everything += findings
+    raise typer.Exit(worst(everything).code)
+
+
+@app.command()
 def recover(
     stack: Stack = "local",
     force: Annotated[bool, typer.Option("--force", help="No update runs: clear a lock that cannot be checked.")] = False,

@@ -55,14 +55,20 @@ class Run:
         any_event = False
         assert self._process.stdout is not None
         with self._process.stdout as lines, self._said as said:
-            for line in lines:
-                try:
-                    event = json.loads(line)
-                except ValueError:
-                    continue
-                any_event = True
-                yield from ((kind, content) for kind, content in event.items() if isinstance(content, dict))
-            if self._process.wait() and not any_event:
+            try:
+                for line in lines:
+                    try:
+                        event = json.loads(line)
+                    except ValueError:
+                        continue
+                    any_event = True
+                    yield from ((kind, content) for kind, content in event.items() if isinstance(content, dict))
+            except BaseException:  # whoever reads them goes no further
+                self.interrupt()
+                raise
+            finally:
+                self._process.wait()
+            if self.failed and not any_event:
                 said.seek(0)
                 text = said.read().decode(errors="replace").strip()[-2000:]
                 raise OpsError(f"`{self._name}` failed: {text}", _mend(text))

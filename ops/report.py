@@ -7,7 +7,7 @@ Source of the form of a preview in a file: https://github.com/pulumi/pulumi/blob
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,8 @@ class Preview:
     errors: list[str]
     refusals: Sequence[str] = ()
     """What mandatory policies say against it."""
+    drifted: Sequence[Change] = ()
+    """What differs from the state, where the preview was told to look."""
 
 
 def of_run(run: Run) -> Preview:
@@ -93,10 +95,13 @@ def of_run(run: Run) -> Preview:
     diagnostics: list[dict[str, Any]] = []
     summary: dict[str, int] = {}
     refusals: list[str] = []
+    drifted: list[Change] = []
     for kind, event in run.events():
         if kind == "resourcePreEvent":
             step = event["metadata"]
             steps.append({**step, "oldState": step.get("old"), "newState": step.get("new")})
+        elif kind == "resOutputsEvent" and event["metadata"]["op"] == "refresh":
+            drifted += _drifted(event["metadata"])
         elif kind == "diagnosticEvent":
             diagnostics.append(event)
         elif kind == "policyEvent" and event["enforcementLevel"] == "mandatory":
@@ -106,7 +111,17 @@ def of_run(run: Run) -> Preview:
         elif kind == "summaryEvent":
             summary = event["resourceChanges"]
     digest = {"steps": steps, "diagnostics": diagnostics, "changeSummary": summary}
-    return read(digest, failed=run.failed and not refusals, refusals=refusals)
+    return replace(read(digest, failed=run.failed and not refusals), refusals=refusals, drifted=drifted)
+
+
+def _drifted(step: Mapping[str, Any]) -> list[Change]:
+    """Return what was done to a resource behind the state's back, if anything was."""
+    old, new = step.get("old") or {}, step.get("new")
+    if not old.get("custom"):
+        return []
+    if not new:
+        return [_change({**step, "op": "delete", "oldState": old})]
+    return [_change({**step, "op": "update", "oldState": old, "newState": new})] if step.get("detailedDiff") else []
 
 
 def _name(urn: str) -> str:
@@ -126,13 +141,13 @@ def of_file(file: Path) -> Preview:
         raise OpsError(f"{file} cannot be read as a preview: {error}.", "Give what `pulumi preview --json` printed.") from None
 
 
-def read(digest: Mapping[str, Any], *, failed: bool = False, said: str = "", refusals: Sequence[str] = ()) -> Preview:
+def read(digest: Mapping[str, Any], *, failed: bool = False, said: str = "") -> Preview:
     """Return what `pulumi preview --json` printed."""
     errors = [entry["message"].strip() for entry in digest.get("diagnostics") or [] if entry.get("severity") == "error"]
     if failed and not errors:
         errors = [said.strip() or "it did not say why"]
     changes = [_change(step) for step in digest.get("steps") or [] if step["op"] not in IGNORED and not _is_group(step)]
-    return Preview(changes, int((digest.get("changeSummary") or {}).get("same", 0)), errors, refusals)
+    return Preview(changes, int((digest.get("changeSummary") or {}).get("same", 0)), errors)
 
 
 def _is_group(step: Mapping[str, Any]) -> bool:

@@ -22,22 +22,32 @@ TIMEOUT_SECONDS = 120
 
 
 class Hub:
-    """A plain registry on the Docker host, from which the nodes pull the registry's own image."""
+    """A plain registry on the Docker host, from which the nodes of a cluster pull the registry's own image."""
 
-    def __init__(self, daemon: docker.DockerClient, cluster: Cluster) -> None:
+    def __init__(self, daemon: docker.DockerClient, cluster: Cluster | None = None) -> None:
         # Docker takes a registry on 127.0.0.1 without TLS; the nodes reach it by the host's address in their network.
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             self.port = listener.getsockname()[1]
         self.address = f"127.0.0.1:{self.port}"
-        ports: Any = {"5000/tcp": [("127.0.0.1", self.port), (cluster.host_address, self.port)]}
+        hosts = ["127.0.0.1", *([] if cluster is None else [cluster.host_address])]
+        ports: Any = {"5000/tcp": [(host, self.port) for host in hosts]}
         command = ["-c", f"echo '{self._configuration()}' >/c.yml; exec registry serve /c.yml"]
         self._container = daemon.containers.run("registry:3.1.2", command, entrypoint="sh", detach=True, ports=ports)
+        wait_for(self._answers)
+        if cluster is None:
+            return
         for folder in cluster.registries():
             (folder / self.address).mkdir(parents=True)
             server = f"http://{cluster.host_address}:{self.port}"
-            hosts = f'server = "{server}"\n[host."{server}"]\ncapabilities = ["pull", "resolve"]\n'
-            (folder / self.address / "hosts.toml").write_text(hosts)
+            entry = f'server = "{server}"\n[host."{server}"]\ncapabilities = ["pull", "resolve"]\n'
+            (folder / self.address / "hosts.toml").write_text(entry)
+
+    def _answers(self) -> bool:
+        try:
+            return httpx.get(f"http://{self.address}/v2/", trust_env=False).is_success
+        except httpx.HTTPError:
+            return False
 
     @staticmethod
     def _configuration() -> str:
