@@ -50,8 +50,6 @@ SECRET_WORD = r"[\w.-]*(?:password|passwd|passphrase|secret|token|(?:private|sec
 CLEAR_VALUE = r"""["']?[^\s"'$/{(<|&;]"""
 COMMAND_LINE = re.compile(rf"(?i)(?:^|[\s;&|])(?:{SECRET_WORD}=|--?{SECRET_WORD}[ =]){CLEAR_VALUE}")
 CONFIGURATION_LINE = re.compile(rf"(?im)^[ \t]*[\"']?{SECRET_WORD}[\"']?[ \t]*[:=][ \t]*{CLEAR_VALUE}")
-# What may be read in a Kubernetes Secret: a user's name is there next to the password.
-PUBLIC_ENTRIES = {"userID", "username", "user", "namespace"}
 
 KINDS_WITH_A_POD = {"ReplicationController", "ReplicaSet", "Deployment", "StatefulSet", "DaemonSet", "Job", "PodTemplate"}
 # A Job ends, and of a DaemonSet each node has its own: those are evicted without anything being away.
@@ -146,14 +144,10 @@ def report_clear_secrets(resource: ResourceValidationArgs, report: ReportViolati
 
 def clear_secrets(resource_type: str, inputs: Any) -> Iterator[str]:
     """Return a sentence for each secret that stands in clear; its value is in none of them."""
-    is_secret = kind_of(resource_type) == "Secret" and resource_type.startswith("kubernetes:")
     for path, name, text in clear_texts(inputs):
         what = next((what for what, form in SECRET_TEXTS.items() if any(form.search(one) for one in (text, *decoded(text)))), "")
         if not what and SECRET_NAME.search(re.sub(r"[^a-z]", "", name.lower())) and not text.startswith("/"):
             what = f"the value of {name}"
-        if not what and is_secret and path.split(".")[0] in ("data", "stringData"):
-            public = name in PUBLIC_ENTRIES or any("-----BEGIN CERTIFICATE-----" in one for one in (text, *decoded(text)))
-            what = "" if public else "an entry of a Secret"
         if not what and resource_type.startswith("command:") and path in ("create", "update", "delete"):
             what = "a password or a key on a command line" if COMMAND_LINE.search(text) else ""
         if not what and (kind_of(resource_type) == "ConfigMap" or path.startswith("uploads[")):
@@ -254,7 +248,7 @@ def one_writer(stack: StackValidationArgs, report: ReportViolation) -> None:
         yield from each(pod.get("volumes") or [], lambda volume: device(volume, namespace))
 
     def device(volume: Inputs, namespace: Any) -> Iterator[str]:
-        if "rbd" in volume or is_rbd(volume):
+        if is_rbd(volume):
             yield f"the volume {volume.get('name')!r} is an RBD image"
         if "persistentVolumeClaim" not in volume:
             return
