@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pulumi.runtime.proto import (
+        analyzer_pb2,
         language_pb2,
         language_pb2_grpc,
         plugin_pb2,
@@ -21,6 +22,7 @@ else:
     __path__ = [str(Path(find_spec("pulumi").origin).parent / "runtime/proto")]
 
     from toolchain.protocol import (
+        analyzer_pb2,
         language_pb2,
         language_pb2_grpc,
         plugin_pb2,
@@ -29,4 +31,4 @@ else:
         status_pb2,
     )
 
-__all__ = ["language_pb2", "language_pb2_grpc", "plugin_pb2", "provider_pb2", "provider_pb2_grpc", "status_pb2"]
+__all__ = ["analyzer_pb2", "language_pb2", "language_pb2_grpc", "plugin_pb2", "provider_pb2", "provider_pb2_grpc", "status_pb2"]

@@ -16,7 +16,7 @@ import yaml
 
 ROOT = Path(__file__).parent.parent.parent
 HOSTS_FILE_SECONDS = 6  # the daemon, a Go program, reads the hosts file again after five
-PROGRAM = ("__main__.py", "settings.py", "components", "hosts", "image", "ops")
+PROGRAM = ("__main__.py", "settings.py", "components", "hosts", "image", "ops", "policy")
 
 
 def environment_of_toolchain() -> dict[str, str]:
