@@ -33,7 +33,7 @@ class Run:
         self._said = tempfile.TemporaryFile()  # noqa: SIM115, as long as the run
         # Out of the terminal's group: a Ctrl-C that the engine got twice would end it at once, in the middle of a change.
         self._process = subprocess.Popen(
-            [*command, *(["--policy-pack", str(POLICIES)] if POLICIES.exists() else [])],
+            [*command, "--policy-pack", str(POLICIES)],
             cwd=ROOT,
             env={**os.environ, "PULUMI_ENABLE_STREAMING_JSON_PREVIEW": "true"},
             stdin=subprocess.DEVNULL,

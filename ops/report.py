@@ -17,6 +17,7 @@ from ops.stack import OpsError, options_of
 
 MARK_OF_A_SECRET = "4dabf18193072939515e22adb298388d"  # noqa: S105, the key of a secret's mapping, in every state
 LONGEST_VALUE = 60
+FAILED = {"preview failed", "update failed"}  # the engine's last words, after it has said why
 UNKNOWN = "04da6b54-80e4-46f7-96ec-b56ff0331ba9"  # what the engine writes for a value that is known only after the update
 # Nothing changes, or a "replace" stands for it already.
 IGNORED = {"same", "read", "refresh", "create-replacement", "delete-replaced"}
@@ -143,7 +144,8 @@ def of_file(file: Path) -> Preview:
 
 def read(digest: Mapping[str, Any], *, failed: bool = False, said: str = "") -> Preview:
     """Return what `pulumi preview --json` printed."""
-    errors = [entry["message"].strip() for entry in digest.get("diagnostics") or [] if entry.get("severity") == "error"]
+    said_wrong = [entry["message"].strip() for entry in digest.get("diagnostics") or [] if entry.get("severity") == "error"]
+    errors = [error for error in said_wrong if error not in FAILED]
     if failed and not errors:
         errors = [said.strip() or "it did not say why"]
     changes = [_change(step) for step in digest.get("steps") or [] if step["op"] not in IGNORED and not _is_group(step)]

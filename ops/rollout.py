@@ -13,7 +13,7 @@ from itertools import groupby, pairwise
 from typing import Any, TypeVar
 
 from ops.engine import Run
-from ops.report import IGNORED, Preview, Verdict, judged, of_run, sentences, title, verdict_of
+from ops.report import FAILED, IGNORED, Preview, Verdict, judged, of_run, sentences, title, verdict_of
 from ops.stack import OpsError, registry_of, settings_of
 
 AGAIN = "Mend that, then run the same command again: it passes over what is up to date."
@@ -67,7 +67,7 @@ class Rollout:
         Raises:
             RolloutError: a name is wrong, or the settings of a stack have faults.
         """
-        _check_names(stacks, approved, [loss.rpartition("/")[0] for loss in losses])
+        _check(stacks, approved, losses)
         self._approved, self._losses, self._ask, self._tell = approved, losses, ask, tell
         self._running: set[Run] = set()
         self._interrupted = False
@@ -151,7 +151,7 @@ class Rollout:
         """Let a preview pass, or stop."""
         verdict, said = verdict_of(preview), "\n".join([title(stack, preview).removeprefix(f"{stack}: "), *sentences(preview)])
         if verdict in (Verdict.FAILED, Verdict.REFUSED) or preview.refusals:
-            raise self._stopped(stack, said)
+            raise self._stopped(stack, said, code=verdict.code)
         losses = [f"{stack}/{change.name}" for change in preview.changes if judged(change)[0] == Verdict.LOSES_DATA]
         if refused := [loss for loss in losses if loss not in self._losses]:
             allow = " ".join(f"--allow-data-loss {loss}" for loss in refused)
@@ -189,7 +189,7 @@ class Rollout:
                 if kind == "resOutputsEvent" and _is_change(event["metadata"]):
                     done += 1
                     self._say(stack, "bringing up", done=min(done, total), total=total)
-                elif kind == "diagnosticEvent" and event["severity"] == "error":
+                elif kind == "diagnosticEvent" and event["severity"] == "error" and event["message"].strip() not in FAILED:
                     errors.append(event["message"].strip())
                 elif kind == "policyEvent" and event["enforcementLevel"] == "mandatory":
                     errors.append(f"{event['policyName']}: {event['message'].strip()}")
@@ -205,15 +205,14 @@ class Rollout:
             take()
 
 
-def _check_names(stacks: Sequence[str], approved: Sequence[str], losing: Sequence[str]) -> None:
+def _check(stacks: Sequence[str], approved: Sequence[str], losses: Sequence[str]) -> None:
     if twice := [stack for stack, count in Counter(stacks).items() if count > 1]:
         raise RolloutError(f"{twice[0]} is there twice.", "Name each stack once.")
-    for option, names in (("--yes-for", approved), ("--allow-data-loss", losing)):
-        if others := [name for name in names if name not in stacks]:
-            raise RolloutError(
-                f"{option} names {others[0] or 'no stack'}, which is none of {', '.join(stacks)}.",
-                "Write a stack that is rolled out" + ("." if option == "--yes-for" else ", as in dev/volume."),
-            )
+    if others := [name for name in approved if name not in stacks]:
+        raise RolloutError(f"--yes-for names {others[0]}, which is none of {', '.join(stacks)}.", "Name one of them.")
+    # A stack that is not among these is no mistake: a pipeline says the same to each of its jobs.
+    if wrong := [loss for loss in losses if not all(loss.rpartition("/")[::2])]:
+        raise RolloutError(f"--allow-data-loss has {wrong[0]}: it must be STACK/RESOURCE.", "Write it as in dev/volume.")
 
 
 def _waves(waves: Mapping[str, int | None]) -> list[list[str]]:

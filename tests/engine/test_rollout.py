@@ -147,19 +147,25 @@ def test_what_would_delete_a_volume_is_refused_until_it_is_allowed_by_its_name(
 
 
 def test_a_change_that_would_delete_a_volume_of_production_is_refused_by_report_policy_and_rollout(
-    rolled_out: Environments, daemon: docker.DockerClient
+    stack: Stack, daemon: docker.DockerClient
 ) -> None:
-    prod = rolled_out.prod
-    with changed(prod, "storage", volume=f"{prod.name}-other", onDestroy="delete", protect=False):
-        report = prod.ops("report", check=False)
-        policy = prod.preview("--policy-pack", "policy", check=False)
-        rollout = prod.ops("rollout", prod.name, "--yes-for", prod.name, check=False)
-    assert report.returncode != 0
+    stack.set("environment", production=True)
+    stack.set("storage", onDestroy="delete")
+    stack.up()
+    stack.set("storage", volume=f"{stack.name}-other")
+    policy = stack.preview("--policy-pack", "policy", check=False)
     assert policy.returncode != 0
-    assert rollout.returncode != 0
-    for run in (report, policy, rollout):
-        assert "protect" in run.stdout
-    assert daemon.volumes.get(prod.name)
+    assert "protected-data" in policy.stdout
+    report = stack.ops("report", check=False)
+    assert report.returncode == 20
+    rollout = stack.ops("rollout", stack.name, "--yes-for", stack.name, check=False)
+    assert rollout.returncode == 20
+    allowed = stack.ops("rollout", stack.name, "--allow-data-loss", f"{stack.name}/registry-images", check=False)
+    assert allowed.returncode == 20
+    for run in (report, rollout, allowed):
+        assert f"deletes the volume `{stack.name}` with all images" in run.stdout
+        assert "protected-data" in run.stdout
+    assert daemon.volumes.get(stack.name)
 
 
 def test_stacks_of_one_wave_go_at_once(environments: Environments) -> None:
