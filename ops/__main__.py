@@ -111,6 +111,20 @@ def report(
 
 
 @app.command()
+def comment(
+    file: Annotated[Path, typer.Argument(help="What `ops report` printed.")],
+    pull_request: Annotated[int, typer.Option("--pull-request", help="The number of the pull or merge request.")],
+) -> None:
+    """Keep a report as one comment on a pull request, in a job of GitHub or GitLab."""
+    from ops.comment import keep
+
+    try:
+        console.print(f"[green]✓[/green] {escape(keep(file, pull_request))}")
+    except OpsError as error:
+        raise _failed(error) from None
+
+
+@app.command()
 def recover(
     stack: Stack = "local",
     force: Annotated[bool, typer.Option("--force", help="No update runs: clear a lock that cannot be checked.")] = False,
