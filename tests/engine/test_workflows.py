@@ -1,7 +1,7 @@
 """The workflows of GitHub: each job's commands run here as they are written, in a checkout of its own, on stacks of the tests'.
 
-What stands in: tests/forge.py for GitHub's API, `Run` for its runner (expressions by a table, the three actions that are used),
-and other stacks in `.ci/stacks`, as a repository with other stacks has them.
+What stands in: tests/forge.py for GitHub's and GitLab's APIs, `Run` for GitHub's runner (expressions by a table, the three
+actions that are used), and other stacks in `.ci/stacks`, as a repository with other stacks has them.
 """
 
 import json
@@ -54,24 +54,32 @@ def parsed(workflow: str) -> dict[Any, Any]:
     return content
 
 
+def bash(script: str, folder: Path, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run commands as GitHub's `shell: bash` does, and GitLab's runner where there is a bash."""
+    return subprocess.run(
+        ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", script],
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+
+
 class Repository:
     """The project as somebody has it who has other stacks: their files, `.ci/stacks`, a backend, and a Docker daemon."""
 
     def __init__(self, folder: Path, names: list[str], api: str) -> None:
         self.folder = folder / "repository"
         self.names = names
+        self.api = api
         self.runs = 0
         self.values = {**VALUES, "vars.PULUMI_BACKEND_URL": f"file://{folder}/state"}
-        self.environment = {
-            **{
-                key: value
-                for key, value in os.environ.items()
-                if not key.startswith(("PULUMI", "MAKE", "GITHUB", "CI", "GITLAB"))
-            },
-            "GITHUB_REPOSITORY": "owner/name",
-            "GITHUB_API_URL": api,
-            "NO_PROXY": "127.0.0.1",
-        }
+        foreign = ("PULUMI", "MAKE", "GITHUB", "CI", "GITLAB", "STACK")
+        self.environment = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
+        self.environment["NO_PROXY"] = "127.0.0.1"
         (folder / "state").mkdir()
         tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
         for file in filter(None, tracked.split("\0")):
@@ -185,6 +193,8 @@ class Run:
             declared = {**self.workflow.get("env", {}), **job.get("env", {}), **step.get("env", {})}
             environment = {
                 **self.repository.environment,
+                "GITHUB_REPOSITORY": "owner/name",
+                "GITHUB_API_URL": self.repository.api,
                 "RUNNER_TEMP": str(temporary),
                 "GITHUB_OUTPUT": str(output),
                 "GITHUB_STEP_SUMMARY": str(summary),
@@ -192,20 +202,8 @@ class Run:
             }
             output.touch()
             summary.touch()
-            script = temporary / f"{index}.sh"
-            script.write_text(step["run"])
             assert self.workflow["defaults"]["run"] == {"shell": "bash"}
-            command = ["bash", "--noprofile", "--norc", "-eo", "pipefail", str(script)]
-            done = subprocess.run(
-                command,
-                cwd=checkout,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                check=False,
-            )
+            done = bash(step["run"], checkout, environment)
             self.log += f"{name}: {step['name']}: exit {done.returncode}\n{done.stdout}"
             self.summary += summary.read_text()
             succeeded = succeeded and done.returncode == 0
@@ -314,9 +312,29 @@ def test_what_would_lose_data_stops_before_production_unless_it_is_named(
     repository.change(first, "storage", volume=f"{first}-other")
     run = repository.run("rollout.yml")
     assert run.results == {"before-production": "failure", "production": "skipped"}, run.log
+    assert "registry-images" in run.log
     assert daemon.containers.list(all=True, filters={"name": second}) == []
     run = repository.run("rollout.yml", **{"inputs.allow-data-loss": f"{first}/registry-images"})
     assert run.results == {"before-production": "success", "production": "success"}, run.log
+
+
+def test_the_example_for_gitlab_comments_on_a_merge_request(repository: Repository, forge: Forge) -> None:
+    forge.user = "project_5_bot"
+    example = yaml.safe_load((ROOT / "docs/gitlab-ci.yml").read_text())
+    environment = {
+        **repository.environment,
+        "PULUMI_BACKEND_URL": repository.values["vars.PULUMI_BACKEND_URL"],
+        "PULUMI_CONFIG_PASSPHRASE": PASSPHRASE,
+        "CI_API_V4_URL": forge.url,
+        "CI_PROJECT_ID": "5",
+        "CI_MERGE_REQUEST_IID": "7",
+        "GITLAB_TOKEN": TOKEN,
+    }
+    for job in ("preview", "comment"):
+        script = "\n".join([*example["default"]["before_script"], *example[job]["script"]])
+        done = bash(script, repository.folder, environment)
+        assert done.returncode == 0, done.stdout
+    assert [body.splitlines()[1] for body in forge.bodies] == [f"### {name}: fine" for name in repository.names]
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS)
