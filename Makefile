@@ -70,8 +70,14 @@ lint: .venv/complete  ## check style, types, scripts and workflows
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	.venv/bin/shellcheck hosts/*.sh toolchain/*.sh lab/guest/* .ci/run
+	.venv/bin/shellcheck hosts/*.sh toolchain/*.sh lab/guest/* .ci/*
 	.venv/bin/check-jsonschema --schemafile settings.schema.json Pulumi.*.yaml
+	.venv/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	.venv/bin/check-jsonschema --builtin-schema vendor.gitlab-ci --data-transform gitlab-ci docs/gitlab-ci.yml
+	.venv/bin/zizmor --quiet --offline --persona auditor .github/workflows
+	@# It finds shellcheck by PATH, for the commands in the workflows.
+	actionlint=$$(.venv/bin/python -c 'from toolchain.programs import *; print(build(ACTIONLINT))') && \
+	  PATH="$(CURDIR)/.venv/bin:$$PATH" "$$actionlint" .github/workflows/*.yml
 
 .PHONY: schema
 schema: .venv/complete  ## write settings.schema.json from settings.py

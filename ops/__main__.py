@@ -100,12 +100,15 @@ def report(
 ) -> None:
     """Write what a preview will do as a comment in Markdown; exit 10: needs approval, 20: would lose data, 1: failed."""
     from ops.engine import Run
-    from ops.report import markdown, of_file, of_run, verdict_of
+    from ops.report import Preview, markdown, of_file, of_run, verdict_of
 
     try:
         preview = of_run(Run("preview", stack)) if file is None else of_file(file)
     except OpsError as error:
-        raise _failed(error) from None
+        if file is not None:
+            raise _failed(error) from None
+        # A report, too: on a pull request it has to take the place of an older one.
+        preview = Preview([], 0, [f"{error.what}\n{error.mend}"])
     if html is not None:
         from ops.page import page
 
@@ -173,6 +176,20 @@ def drift(stacks: Annotated[list[str], typer.Argument(metavar="STACK...", help="
                 console.print(f"  {marks[finding.kind]} {escape(finding.said)}")
             everything += findings
     raise typer.Exit(worst(everything).code)
+
+
+@app.command()
+def comment(
+    file: Annotated[Path, typer.Argument(help="What `ops report` printed.")],
+    pull_request: Annotated[int, typer.Option("--pull-request", help="The number of the pull or merge request.")],
+) -> None:
+    """Keep a report as one comment on a pull request, in a job of GitHub or GitLab."""
+    from ops.comment import keep
+
+    try:
+        console.print(f"[green]✓[/green] {escape(keep(file, pull_request))}")
+    except OpsError as error:
+        raise _failed(error) from None
 
 
 @app.command()

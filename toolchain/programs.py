@@ -51,6 +51,7 @@ class Program:
 PULUMI = Program("pulumi", "github.com/pulumi/pulumi/pkg/v3/cmd/pulumi", 5)
 REGISTRY = Program("registry", "github.com/distribution/distribution/v3/cmd/registry", 2.5)
 CONTAINERD = Program("containerd", "github.com/containerd/containerd/v2/cmd/containerd", 2)
+ACTIONLINT = Program("actionlint", "github.com/rhysd/actionlint/cmd/actionlint", 0.2)
 KUBERNETES_VERSION = "1.30.14"
 # Without these a node says that it runs v0.0.0-master, which clients that compare versions take for an ancient one.
 _KUBERNETES_FLAGS = tuple(

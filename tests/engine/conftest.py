@@ -50,6 +50,15 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+def remove_from_daemon(name: str, daemon: docker.DockerClient) -> None:
+    """Remove a stack's containers and volumes, whatever its state says."""
+    label = {"label": f"private-registry.stack=private-registry/{name}"}
+    for container in daemon.containers.list(all=True, filters=label):
+        container.remove(force=True, v=True)
+    for volume in daemon.volumes.list(filters=label):
+        volume.remove()
+
+
 @contextlib.contextmanager
 def new_stack(folder: Path, daemon: docker.DockerClient) -> Iterator[Stack]:
     """A stack of its own on the daemon; nothing of it is left afterwards, whatever the test did."""
@@ -58,11 +67,7 @@ def new_stack(folder: Path, daemon: docker.DockerClient) -> Iterator[Stack]:
     try:
         yield stack
     finally:
-        label = {"label": f"private-registry.stack=private-registry/{name}"}
-        for container in daemon.containers.list(all=True, filters=label):
-            container.remove(force=True, v=True)
-        for volume in daemon.volumes.list(filters=label):
-            volume.remove()
+        remove_from_daemon(name, daemon)
         stack.remove_trust()
 
 

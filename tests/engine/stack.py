@@ -214,17 +214,22 @@ class Stack:
         (image / "config.yml").write_text((image / "config.yml").read_text().replace("level: info", "level: warn"))
 
     def remove_trust(self) -> None:
-        subprocess.run(
-            [str(ROOT / "hosts/trust.sh"), "remove"],
-            env={
-                **os.environ,
-                "STACK": f"private-registry/{self.name}",
-                "REGISTRY": self.address,
-                "ENTRY": "trust",
-                "RUNTIME": "docker",
-            },
-            check=True,
-        )
+        remove_trust(self.name, self.address)
+
+
+def remove_trust(name: str, address: str) -> None:
+    """Take away what a stack wrote for this machine's Docker daemon."""
+    subprocess.run(
+        [str(ROOT / "hosts/trust.sh"), "remove"],
+        env={
+            **os.environ,
+            "STACK": f"private-registry/{name}",
+            "REGISTRY": address,
+            "ENTRY": "trust",
+            "RUNTIME": "docker",
+        },
+        check=True,
+    )
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
