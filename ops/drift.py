@@ -89,10 +89,13 @@ def _registry(registry: Registry) -> Iterator[Finding]:
     """Take the steps of `ops verify` that write nothing into the registry."""
     from ops.verify import Verification
 
-    for name, take in Verification(registry).steps():
-        if name in CHECKS:
-            result = take()
-            yield Finding(Kind.DRIFT if result.warning else Kind.CLEAN, f"{name}: {result.said}")
+    try:
+        for name, take in Verification(registry).steps():
+            if name in CHECKS:
+                result = take()
+                yield Finding(Kind.DRIFT if result.warning else Kind.CLEAN, f"{name}: {result.said}")
+    except OpsError as error:  # it was looked at, and does not serve
+        yield Finding(Kind.DRIFT, f"{error.what} {error.mend}")
 
 
 def _hosts(stack: str, settings: Settings) -> Iterator[Finding]:
@@ -123,9 +126,14 @@ def _space(settings: Settings, registry: Registry) -> Iterator[Finding]:
 
 
 def _docker_space(container: str) -> tuple[int, int]:
-    """Return the used and all bytes of the images' filesystem, by `df` in the registry's container."""
+    """Return the used and all bytes of the images' filesystem, by `df` in the registry's container; 0 where it does not run."""
     with _docker() as client:
-        said = client.containers.get(container).exec_run(["df", "-P", "-k", "/var/lib/registry"]).output.decode()
+        import docker.errors
+
+        try:
+            said = client.containers.get(container).exec_run(["df", "-P", "-k", "/var/lib/registry"]).output.decode()
+        except docker.errors.APIError:
+            return 0, 0
     used, free = (int(word) for word in said.splitlines()[-1].split()[2:4])
     return used << 10, used + free << 10
 

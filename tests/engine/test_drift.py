@@ -36,10 +36,10 @@ def test_a_stack_as_it_was_brought_up_is_clean(running: Stack) -> None:
 def test_a_container_that_is_gone_is_drift(stack: Stack, daemon: docker.DockerClient) -> None:
     stack.up()
     daemon.containers.get(stack.name).stop()
-    said = drift(stack, 1)
+    said = drift(stack, 10)
     assert f"Nothing listens on {stack.address}" in said
     daemon.containers.get(stack.name).remove()
-    said = drift(stack, 1)
+    said = drift(stack, 10)
     assert "registry (docker Container) is gone" in said
     assert not daemon.containers.list(all=True, filters={"name": f"^{stack.name}$"})
 
@@ -89,7 +89,7 @@ def test_a_scaled_controller_and_a_service_that_is_gone_are_drift(in_cluster: Ku
     controller = f"{in_cluster.namespace}/replicationcontrollers/registry"
     in_cluster.api.patch(controller, json={"spec": {"replicas": 0}}, headers=patch).raise_for_status()
     in_cluster.api.delete(f"{in_cluster.namespace}/services/registry").raise_for_status()
-    said = drift(in_cluster, 1)
+    said = drift(in_cluster, 10)
     assert "registry (kubernetes ReplicationController) was changed: spec.replicas" in said
     assert "registry-service (kubernetes Service) is gone" in said
     assert in_cluster.get("replicationcontrollers/registry")["spec"]["replicas"] == 0

@@ -289,7 +289,7 @@ def test_what_stacks_share_can_say_that_they_are_of_production(stack: Stack) -> 
 
 def test_nothing_changes_where_the_pack_refuses(stack: Stack, daemon: docker.DockerClient) -> None:
     stack.set("environment", production=True)
-    stack._write()
+    stack.write()
     run = stack.pulumi("up", "--yes", "--stack", stack.name, *PACK, check=False)
     assert run.returncode != 0
     assert "set private-registry:storage.protect: true" in violations(run.stdout)["protected-data", "registry-images"]
