@@ -79,16 +79,15 @@ class NewEnvironment:
         if os.path.lexists(self.file):
             raise self._taken()
         self._shared = shared_config()
-        self.others = other_stacks(name)
+        self.others = other_stacks()
         self._answers, faults = _parsed(said)
-        required = tuple(f"{PROJECT}:{question.path} " for question in self.questions() if question.required)
-        faults += [fault for fault in self._faults(self._answers) if not fault.startswith(required)]
+        faults += self._faults_so_far(self._answers)
         if faults:
             raise self._refused(faults)
 
     def questions(self) -> list[Question]:
         """Return what is not answered yet; answers may raise further questions."""
-        return self._open(self._answers)
+        return self._unanswered(self._answers)
 
     def answer(self, question: Question, text: str) -> None:
         """Take an answer as it is typed.
@@ -100,8 +99,7 @@ class NewEnvironment:
             raise typer.BadParameter(f'"{text}" is no answer: it must be yes or no; write one of them')
         value = _value(question.keys, YES_OR_NO[text.lower()] if question.yes_or_no else text)
         answers = {**self._answers, question.keys: value}
-        missing = tuple(f"{PROJECT}:{one.path} " for one in self._open(answers) if one.required)
-        if faults := [fault for fault in self._faults(answers) if not fault.startswith(missing)]:
+        if faults := self._faults_so_far(answers):
             raise typer.BadParameter("\n".join(faults))
         self._answers = answers
 
@@ -120,7 +118,7 @@ class NewEnvironment:
         """Take the default of all that is not answered.
 
         Raises:
-            OpsError: something has none, or the defaults have faults beside what is answered.
+            OpsError: something has none.
         """
         while questions := [question for question in self.questions() if not question.required]:
             self._answers[questions[0].keys] = questions[0].default
@@ -195,6 +193,11 @@ class NewEnvironment:
         except SettingsError as error:
             return faults + error.faults
 
+    def _faults_so_far(self, answers: Mapping[Keys, Any]) -> list[str]:
+        """Return the same, but that something is missing which is still to be asked for."""
+        missing = tuple(f"{PROJECT}:{one.path} " for one in self._unanswered(answers) if one.required)
+        return [fault for fault in self._faults(answers) if not fault.startswith(missing)]
+
     def _leaves(self, answers: Mapping[Keys, Any]) -> dict[Keys, Any]:
         """Return all that the stack file would say."""
         suggested = {one.keys: one.default for one in self._questions(answers) if not one.required}
@@ -204,11 +207,13 @@ class NewEnvironment:
         sections = {keys[:2] for keys in answers}
         if said.get(TARGET) == "kubernetes" and ("storage", "claim") in sections and RBD not in sections:
             suggested[RBD] = None  # in place of one that the defaults have
-        return {**{keys: value for keys, value in suggested.items() if _goes_with(answers, keys, value)}, **answers}
+        for keys, value in list(suggested.items()):
+            if any(_contradict(answered, whole, keys, value) for answered, whole in answers.items()):
+                del suggested[keys]  # such as a key of a section that is set to a number
+        return {**suggested, **answers}
 
-    def _open(self, answers: Mapping[Keys, Any]) -> list[Question]:
-        asked = self._questions(answers)
-        return [one for one in asked if one.keys not in answers and _goes_with(answers, one.keys, one.default)]
+    def _unanswered(self, answers: Mapping[Keys, Any]) -> list[Question]:
+        return [question for question in self._questions(answers) if question.keys not in answers]
 
     def _questions(self, answers: Mapping[Keys, Any]) -> list[Question]:
         """Return all that sets this environment apart, in the order in which it is asked."""
@@ -302,8 +307,8 @@ def shared_config() -> dict[str, str]:
     return _config({key: entry["default"] for key, entry in own.items() if "default" in entry})
 
 
-def other_stacks(name: str) -> dict[str, Settings]:
-    """Return what the project's other stack files say.
+def other_stacks() -> dict[str, Settings]:
+    """Return what the project's stack files say, by the stacks' names.
 
     Raises:
         OpsError: one has faults, so that it cannot be compared with.
@@ -312,8 +317,6 @@ def other_stacks(name: str) -> dict[str, Settings]:
     found = {}
     for file in sorted(stack.ROOT.glob("Pulumi.*.yaml")):
         other = file.name.removeprefix("Pulumi.").removesuffix(".yaml")
-        if other == name:
-            continue
         own = (yaml.safe_load(file.read_text()) or {}).get("config") or {}
         sections = {key.partition(":")[2]: value for key, value in own.items() if key.startswith(f"{PROJECT}:")}
         plain = {key: value for key, value in sections.items() if key not in SECRETS}
@@ -461,10 +464,6 @@ def _parsed(said: Sequence[str]) -> tuple[dict[Keys, Any], list[str]]:
             else:
                 answers[leaf] = part
     return answers, faults
-
-
-def _goes_with(answers: Mapping[Keys, Any], keys: Keys, value: Any) -> bool:
-    return not any(_contradict(answered, said, keys, value) for answered, said in answers.items())
 
 
 def _contradict(keys: Keys, value: Any, other: Keys, part: Any) -> bool:

@@ -140,7 +140,8 @@ def test_any_setting_can_be_set(project: Path) -> None:
 )
 def test_what_is_written_is_valid_by_the_schema_of_stack_files(more: list[str], project: Path) -> None:
     assert run("qa", "--yes", *settings(*more)).exit_code == 0
-    command = [str(ROOT / ".venv/bin/check-jsonschema"), "--schemafile", str(ROOT / "settings.schema.json")]
+    checker = Path(sys.executable).with_name("check-jsonschema")
+    command = [str(checker), "--schemafile", str(ROOT / "settings.schema.json")]
     checked = subprocess.run([*command, str(project / "Pulumi.qa.yaml")], capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stdout
 
@@ -389,7 +390,7 @@ def test_no_secret_is_asked_for_that_is_not_needed(project: Path) -> None:
 
 @pytest.mark.parametrize("name", STACKS)
 def test_the_projects_own_stacks_do_not_clash(name: str) -> None:
-    every = other_stacks("")
+    every = other_stacks()
     assert clashes(every.pop(name), every) == ([], [])
 
 
