@@ -622,6 +622,14 @@ class Settings(_Section):
             return self.kubernetes.toleration_seconds
         return 30 if self.storage.rbd is None else 0
 
+    @property
+    def needed_secrets(self) -> list[str]:
+        """The secrets that the stack cannot do without."""
+        rbd = self.storage.rbd
+        with_hosts = bool(self.image.nodes or self.trust.hosts) or (rbd is not None and rbd.host is not None)
+        needed = ["sshPrivateKey"] if with_hosts else []
+        return needed + (["providedCertificate"] if self.certificate.mode == "provided" else [])
+
 
 SECRETS: Mapping[str, str] = {
     "users": "user names and passwords; without them there is one user, admin, whose password is generated",
@@ -652,13 +660,14 @@ class SettingsError(ValueError):
         super().__init__(f"the configuration of the stack {stack!r} has {count}; nothing was changed:{lines}")
 
 
-def load(config: Mapping[str, str], secret_keys: set[str], stack: str) -> Settings:
+def load(config: Mapping[str, str], secret_keys: set[str], stack: str, *, secrets_follow: bool = False) -> Settings:
     """Return the settings that a stack's configuration makes.
 
     Args:
         config: every key of the stack's configuration with its value, structured ones as JSON, as the engine passes them.
         secret_keys: the keys whose values are encrypted.
         stack: the stack's name, for messages.
+        secrets_follow: the stack is new and its secrets are set later; one that is needed and not there is no fault yet.
 
     Raises:
         SettingsError: rules are broken; all of them are listed.
@@ -697,7 +706,8 @@ def load(config: Mapping[str, str], secret_keys: set[str], stack: str) -> Settin
     valid, wrong = _validated(sections)
     faults += wrong
     settings = Settings().model_copy(update=valid)
-    faults += _contradictions(settings, secrets, sections.keys() - valid.keys())
+    to_come = dict.fromkeys(settings.needed_secrets if secrets_follow else ())
+    faults += _contradictions(settings, {**to_come, **secrets}, sections.keys() - valid.keys())
     faults += _of_the_other_target(settings, sections)
     faults += _secret_faults(settings, secrets)
     if faults:
@@ -882,8 +892,8 @@ def _contradictions(settings: Settings, secrets: Mapping[str, Any], faulty: set[
     """Return what does not go together. Sections that are faulty by themselves have their defaults here and are left out."""
     faults = _image_contradictions(settings, secrets, faulty)
     rbd = settings.storage.rbd
-    with_hosts = bool(settings.image.nodes or settings.trust.hosts) or (rbd is not None and rbd.host is not None)
-    if not faulty & {"image", "storage", "trust"} and with_hosts != ("sshPrivateKey" in secrets):
+    needed = settings.needed_secrets
+    if not faulty & {"image", "storage", "trust"} and ("sshPrivateKey" in needed) != ("sshPrivateKey" in secrets):
         faults.append(
             f"{PROJECT}:sshPrivateKey must be set exactly where image.nodes, storage.rbd.host or trust.hosts is; set it with "
             f"`pulumi config set --secret {PROJECT}:sshPrivateKey <FILE`, or remove it"
@@ -899,7 +909,7 @@ def _contradictions(settings: Settings, secrets: Mapping[str, Any], faulty: set[
     if "access" not in faulty and settings.access.anonymous and "users" in secrets:
         faults.append(f"{PROJECT}:access.anonymous is true: it must be false where there are users; remove users or anonymous")
     if "certificate" not in faulty:
-        provided = settings.certificate.mode == "provided"
+        provided = "providedCertificate" in needed
         if provided and "providedCertificate" not in secrets:
             faults.append(
                 f'{PROJECT}:certificate.mode is "provided": it must come with the secret providedCertificate; set it with '
@@ -1046,6 +1056,11 @@ def stack_file_schema() -> dict[str, Any]:
     properties = {f"{PROJECT}:{key}": value for key, value in model["properties"].items()}
     for key, description in SECRETS.items():
         properties[f"{PROJECT}:{key}"] = {"description": f"secret: {description}"}
+    as_items = json.dumps(model)
+    for name, section in model["$defs"].items():
+        # What a mapping must have may be in the defaults; a list is taken as a whole.
+        if f'"items": {{"$ref": "#/$defs/{name}"}}' not in as_items:
+            section.pop("required", None)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Stack of the private registry",

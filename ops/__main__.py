@@ -210,5 +210,43 @@ def recover(
         raise _failed(error) from None
 
 
+environment = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="Add an environment to the project.")
+app.add_typer(environment, name="environment")
+
+
+@environment.command()
+def new(
+    # Hidden in the list below the usage, where Typer would show it with a stray backslash.
+    name: Annotated[str, typer.Argument(metavar="NAME", hidden=True)],
+    said: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="PATH=VALUE", help="Answer, or any other setting: kubernetes.nodePort=32510."),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Ask nothing: take the default of what is not set.")] = False,
+) -> None:
+    """Write the stack file of NAME, a new environment.
+
+    What is not set is asked. Nothing is written before all of it is right, and none of it clashes with another environment.
+    """
+    from ops.environment import NewEnvironment, clashes, next_commands, on_terminal
+
+    try:
+        made = NewEnvironment(name, said or [])
+        if yes:
+            made.take_defaults()
+        elif on_terminal():
+            made.ask()
+        else:
+            made.require_answers()
+        settings = made.write()
+    except OpsError as error:
+        raise _failed(error) from None
+    for warning in clashes(settings, made.others).warnings:
+        console.print(f"[yellow]![/yellow] {escape(warning)}")
+    console.print(f"[green]✓[/green] {escape(made.file.name)} is written. Next:")
+    for command in next_commands(name, settings):
+        console.print(f"  {command}", markup=False)
+
+
 if __name__ == "__main__":
     app()

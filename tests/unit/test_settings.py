@@ -133,6 +133,21 @@ def test_every_stack_file_of_the_project_is_valid(file: Path) -> None:
     load({key: value if isinstance(value, str) else json.dumps(value) for key, value in config.items()}, set(), file.stem)
 
 
+def test_the_schema_lets_a_stack_leave_to_the_defaults_what_a_mapping_must_have() -> None:
+    sections = stack_file_schema()["$defs"]
+    assert "required" not in sections["Rbd"]
+    assert sections["TrustHost"]["required"] == ["address", "hostKey", "runtime"]
+
+
+def test_a_new_stack_may_lack_the_secrets_that_it_needs() -> None:
+    host = {"address": "node1", "hostKey": "ssh-ed25519 AAAA", "runtime": "docker"}
+    sections = {"certificate": {"mode": "provided"}, "trust": {"hosts": [host]}, "container": {"address": "0.0.0.0"}}
+    config = {f"{PROJECT}:{key}": json.dumps(value) for key, value in sections.items()}
+    assert load(config, set(), "test", secrets_follow=True).needed_secrets == ["sshPrivateKey", "providedCertificate"]
+    with pytest.raises(SettingsError, match="2 faults"):
+        load(config, set(), "test")
+
+
 def test_a_stack_has_the_defaults_of_its_target_where_it_says_nothing_itself() -> None:
     defaults = {"docker": {"image": {"tag": "1"}, "container": {"port": 1}}, "kubernetes": {"image": {"tag": "2"}}}
     settings = loaded(defaults=defaults, container={"name": "mine"})
