@@ -82,6 +82,7 @@ def test_an_image_whose_base_has_moved_on_is_drift(stack: Stack, daemon: docker.
     assert f"the image is behind {base}:1" in drift(stack, 10)
 
 
+@pytest.mark.xdist_group("kubernetes")
 def test_a_scaled_controller_and_a_service_that_is_gone_are_drift(in_cluster: KubernetesStack) -> None:
     in_cluster.up()
     assert "clean" in drift(in_cluster, 0)

@@ -14,7 +14,10 @@ from typing import Any
 import docker
 import pytest
 
+from lab.kubernetes import Cluster
 from tests.engine.conftest import new_stack
+from tests.engine.given_cluster import GivenCluster
+from tests.engine.kubernetes_stack import new_kubernetes_stack
 from tests.engine.stack import Stack
 
 ENVIRONMENTS = ("dev", "staging", "prod")
@@ -177,6 +180,20 @@ def test_stacks_of_one_wave_go_at_once(environments: Environments) -> None:
     last_begin = max(said.index(f"{stack.name}: bringing up") for stack in (dev, staging))
     first_end = min(said.index(f"{stack.name}: verifying") for stack in (dev, staging))
     assert last_begin < first_end
+
+
+@pytest.mark.xdist_group("kubernetes")
+def test_a_rollout_walks_from_a_docker_host_to_a_cluster(
+    tmp_path: Path, daemon: docker.DockerClient, cluster: Cluster | GivenCluster, hub: str
+) -> None:
+    with new_stack(tmp_path, daemon) as dev, new_kubernetes_stack(tmp_path, cluster, hub) as prod:
+        prod.set("environment", production=True)
+        prod.set("storage", protect=True)
+        dev.write()
+        prod.write()
+        prod.ops("rollout", dev.name, prod.name, "--yes-for", prod.name)
+        for stack in (dev, prod):
+            assert "push" in stack.ops("verify").stdout
 
 
 def test_an_interrupted_rollout_finishes_what_the_engine_began_and_goes_on_when_run_again(environments: Environments) -> None:
