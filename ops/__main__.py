@@ -28,10 +28,10 @@ def main() -> None:
     """Operate a private registry that Pulumi brought up."""
 
 
-def _failed(error: OpsError, code: int = 1) -> typer.Exit:
+def _failed(error: OpsError) -> typer.Exit:
     console.print(f"[red]✗[/red] {escape(error.what)}")
     console.print(f"  {error.mend}", markup=False)
-    return typer.Exit(code)
+    return typer.Exit(error.code)
 
 
 @app.command()
@@ -134,26 +134,23 @@ def rollout(
     production was not approved, 20: data would be lost, 1: something failed.
     """
     from ops.progress import RolloutProgress
-    from ops.rollout import Rollout, RolloutError
+    from ops.rollout import Rollout
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # how a pipeline is cancelled
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a pipeline that is cancelled, a terminal that is gone
+        signal.signal(number, signal.default_int_handler)
+    stopped = None
     with RolloutProgress(console) as shown:
         try:
             ask = shown.ask if sys.stdin.isatty() else None
-            walk = Rollout(stacks, approved=yes_for or [], losses=allow_data_loss or [], ask=ask, tell=shown.tell)
+            Rollout(stacks, approved=yes_for or [], losses=allow_data_loss or [], ask=ask, tell=shown.tell).run()
         except OpsError as error:
-            raise _failed(error) from None
-        stopped = None
-        try:
-            walk.run()
-        except RolloutError as error:
             stopped = error
         except KeyboardInterrupt:
-            words = "Interrupted: the engine finished what it had begun."
-            stopped = RolloutError(words, "Run the same command again to go on.", INTERRUPTED)
-        shown.show_table(walk.progress)
-        if stopped is not None:
-            raise _failed(stopped, stopped.code)
+            words = "Interrupted: the engine finished what it had begun, and began nothing more."
+            stopped = OpsError(words, "Run the same command again to go on.", INTERRUPTED)
+    shown.show_table(stacks)
+    if stopped is not None:
+        raise _failed(stopped)
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
@@ -40,18 +40,18 @@ class Finding:
 def findings_of(stack: str) -> list[Finding]:
     """Look at a stack and all that it made; what goes wrong is a finding, too."""
     try:
-        settings, registry = settings_of(stack)[0], registry_of(stack)
+        (settings, secrets), registry = settings_of(stack), registry_of(stack)
     except OpsError as error:
         return [Finding(Kind.FAILURE, f"{error.what} {error.mend}")]
-    parts: list[Callable[[], Iterator[Finding]]] = [
-        lambda: _resources(stack),
-        lambda: _registry(registry),
-        lambda: _hosts(stack, settings),
-        lambda: _space(settings, registry),
-        lambda: _base(stack),
-    ]
+    parts: dict[str, Callable[[], Iterator[Finding]]] = {
+        "resources": lambda: _resources(stack),
+        "registry": lambda: _registry(registry),
+        "hosts": lambda: _hosts(stack, settings),
+        "space": lambda: _space(settings, registry),
+        "base": lambda: _base(stack, secrets),
+    }
     with ThreadPoolExecutor(len(parts)) as pool:
-        return [finding for found in pool.map(lambda part: list(_caught(part)), parts) for finding in found]
+        return [finding for found in pool.map(lambda name: [*_caught(name, parts[name])], parts) for finding in found]
 
 
 def worst(findings: list[Finding]) -> Kind:
@@ -60,11 +60,13 @@ def worst(findings: list[Finding]) -> Kind:
     return next((kind for kind in (Kind.FAILURE, Kind.DRIFT) if kind in kinds), Kind.CLEAN)
 
 
-def _caught(part: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+def _caught(name: str, part: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
     try:
         yield from part()
     except OpsError as error:
         yield Finding(Kind.FAILURE, f"{error.what} {error.mend}")
+    except Exception as error:  # noqa: BLE001, one part that fails must not hide what the others found
+        yield Finding(Kind.FAILURE, f"{name}: {type(error).__name__}: {error}")
 
 
 def _resources(stack: str) -> Iterator[Finding]:
@@ -138,7 +140,7 @@ def _docker_space(container: str) -> tuple[int, int]:
     return used << 10, used + free << 10
 
 
-def _base(stack: str) -> Iterator[Finding]:
+def _base(stack: str, secrets: Mapping[str, str]) -> Iterator[Finding]:
     """Tell whether the base of the image has moved on: an image is built on another if it begins with its layers."""
     resources = json.loads(pulumi("stack", "export", "--stack", stack))["deployment"].get("resources") or []
     image = next((entry for entry in resources if entry["type"] == "docker:index/image:Image"), None)
@@ -146,18 +148,20 @@ def _base(stack: str) -> Iterator[Finding]:
         return
     build = image["inputs"]["build"]
     base = build["args"]["BASE"]
+    name = base.partition("@")[0]
+    name = name.rpartition(":")[0] if ":" in name.rpartition("/")[2] else name
+    login = json.loads(secrets["pushCredentials"]) if "pushCredentials" in secrets else None
     with _docker() as client:
         import docker.errors
+        import requests
 
         try:
             digest = client.images.get_registry_data(base).id
-        except docker.errors.APIError as error:
-            yield Finding(Kind.CLEAN, f"base: {base} was not compared with its registry: {error.explanation}")
+            current = _layers(client, f"{name}@{digest}", build["platform"])
+            built = _layers(client, image["outputs"]["repoDigest"], build["platform"], login)
+        except (docker.errors.APIError, requests.RequestException) as error:
+            yield Finding(Kind.CLEAN, f"base: not compared with {base} in its registry: {error}")
             return
-        name = base.partition("@")[0]
-        name = name.rpartition(":")[0] if ":" in name.rpartition("/")[2] else name
-        current = _layers(client, f"{name}@{digest}", build["platform"])
-        built = _layers(client, image["outputs"]["repoDigest"], build["platform"])
     if built[: len(current)] == current:
         yield Finding(Kind.CLEAN, f"base: built on the current {base}")
     else:
@@ -165,14 +169,14 @@ def _base(stack: str) -> Iterator[Finding]:
         yield Finding(Kind.DRIFT, f"base: the image is behind {base}, which is {digest} now: {mend}")
 
 
-def _layers(client: Any, reference: str, platform: str) -> list[str]:
+def _layers(client: Any, reference: str, platform: str, login: Mapping[str, str] | None = None) -> list[str]:
     """Return the layers of an image, which is pulled for it where the daemon does not have it."""
     import docker.errors
 
     try:
         image = client.images.get(reference)
     except docker.errors.ImageNotFound:
-        image = client.images.pull(reference, platform=platform)
+        image = client.images.pull(reference, platform=platform, auth_config=login)
     layers: list[str] = image.attrs["RootFS"]["Layers"]
     return layers
 
@@ -184,7 +188,7 @@ def _docker() -> Iterator[Any]:
 
     try:
         client = docker.from_env()
-        yield client
-        client.close()
     except docker.errors.DockerException as error:
-        raise OpsError(f"Docker: {error}.", "See whether the daemon that DOCKER_HOST names answers, and what it has.") from None
+        raise OpsError(f"Docker: {error}.", "See whether the daemon that DOCKER_HOST names answers.") from None
+    with contextlib.closing(client):
+        yield client

@@ -30,7 +30,10 @@ class Run:
             raise OpsError("There is no Pulumi CLI on PATH.", "Run `make toolchain`, then `. .toolchain/env`.")
         self._name = f"pulumi {verb} --stack {stack}"
         command = ["pulumi", "--non-interactive", "--color", "never", verb, "--json", "--stack", stack, *arguments]
-        self._said = tempfile.TemporaryFile()  # noqa: SIM115, as long as the run
+        self._interrupted = False
+        self.said = ""
+        """The end of what the CLI printed besides its events, when it has ended."""
+        self._standard_error = tempfile.TemporaryFile()  # noqa: SIM115, as long as the run
         # Out of the terminal's group: a Ctrl-C that the engine got twice would end it at once, in the middle of a change.
         self._process = subprocess.Popen(
             [*command, "--policy-pack", str(POLICIES)],
@@ -38,45 +41,55 @@ class Run:
             env={**os.environ, "PULUMI_ENABLE_STREAMING_JSON_PREVIEW": "true"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=self._said,
+            stderr=self._standard_error,
             start_new_session=True,
         )
 
     def interrupt(self) -> None:
-        """Ask the engine to finish what it has begun, and to begin nothing more."""
-        self._process.send_signal(signal.SIGINT)
+        """Ask the engine to finish what it has begun, and to begin nothing more. Asked twice it would end in the middle."""
+        if not self._interrupted:
+            self._interrupted = True
+            self._process.send_signal(signal.SIGINT)
 
     def events(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield the kind and the content of each event, until the run has ended.
 
         Raises:
-            OpsError: it ended before the engine did anything.
+            OpsError: it failed before the engine did anything.
         """
         any_event = False
         assert self._process.stdout is not None
-        with self._process.stdout as lines, self._said as said:
+        with self._process.stdout as lines, self._standard_error as standard_error:
             try:
                 for line in lines:
-                    try:
-                        event = json.loads(line)
-                    except ValueError:
-                        continue
-                    any_event = True
-                    yield from ((kind, content) for kind, content in event.items() if isinstance(content, dict))
+                    for kind, content in _event(line).items():
+                        any_event = True
+                        yield kind, content
             except BaseException:  # whoever reads them goes no further
                 self.interrupt()
                 raise
             finally:
+                for _ in lines:  # a full pipe would keep the engine from ending
+                    pass
                 self._process.wait()
-            if self.failed and not any_event:
-                said.seek(0)
-                text = said.read().decode(errors="replace").strip()[-2000:]
-                raise OpsError(f"`{self._name}` failed: {text}", _mend(text))
+            standard_error.seek(0)
+            self.said = standard_error.read().decode(errors="replace").strip()[-2000:]
+        if self.failed and not any_event:
+            raise OpsError(f"`{self._name}` failed: {self.said}", _mend(self.said))
 
     @property
     def failed(self) -> bool:
         """Whether the run, which has ended, did not go well."""
         return self._process.returncode != 0
+
+
+def _event(line: bytes) -> dict[str, dict[str, Any]]:
+    """Return the content of a line's event by its kind; nothing where the line is no event."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return {}
+    return {kind: content for kind, content in event.items() if isinstance(content, dict)} if isinstance(event, dict) else {}
 
 
 def _mend(text: str) -> str:

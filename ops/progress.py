@@ -1,6 +1,7 @@
 """What `ops rollout` shows: a bar for each stack, or lines where there is no terminal, and a table at the end."""
 
 import threading
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
@@ -50,20 +51,28 @@ class RolloutProgress:
             self._phases[stack] = phase
 
     def ask(self, stack: str, sentences: list[str]) -> bool:
-        """Show what will be done, and ask whether it may."""
+        """Show what will be done, and ask whether it may.
+
+        Raises:
+            KeyboardInterrupt: the question was not answered.
+        """
         self._bars.stop()
         for sentence in sentences:
             self._console.print(f"  {sentence}", markup=False)
-        answer = typer.confirm(f"{stack} is production: bring it up?")
+        try:
+            answer = typer.confirm(f"{stack} is production: bring it up?")
+        except typer.Abort:
+            raise KeyboardInterrupt from None
         self._bars.start()
         return answer
 
-    def show_table(self, stacks: dict[str, Progress]) -> None:
-        """Show what became of each stack."""
-        self._bars.stop()
+    def show_table(self, stacks: Sequence[str]) -> None:
+        """Show what became of each stack, if anything was begun."""
+        if not self._stacks:
+            return
         table = Table("", "stack", "changes", *(f"{part} (s)" for part in PARTS), "came to")
-        for stack, progress in stacks.items():
+        for progress in (self._stacks.get(stack, Progress(stack)) for stack in stacks):
             mark = {"done": "[green]✓[/green]", "stopped": "[red]✗[/red]"}.get(progress.phase, "")
             seconds = (f"{progress.seconds[part]:.1f}" if part in progress.seconds else "" for part in PARTS)
-            table.add_row(mark, escape(stack), progress.changes, *seconds, escape(progress.phase))
+            table.add_row(mark, escape(progress.stack), progress.changes, *seconds, escape(progress.phase))
         self._console.print(table)

@@ -6,7 +6,7 @@ Source of the form of a preview in a file: https://github.com/pulumi/pulumi/blob
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -21,6 +21,7 @@ FAILED = {"preview failed", "update failed"}  # the engine's last words, after i
 UNKNOWN = "04da6b54-80e4-46f7-96ec-b56ff0331ba9"  # what the engine writes for a value that is known only after the update
 # Nothing changes, or a "replace" stands for it already.
 IGNORED = {"same", "read", "refresh", "create-replacement", "delete-replaced"}
+OPTIONS = ("protect", "retainOnDelete")
 GAP = "the registry is away for two to three seconds"
 
 
@@ -90,39 +91,51 @@ def of_run(run: Run) -> Preview:
     """Return what a preview that runs says, when it has ended.
 
     Raises:
-        OpsError: it ended before the engine did anything.
+        OpsError: it failed before the engine did anything, or does not say all that it did.
     """
-    steps: list[dict[str, Any]] = []
-    diagnostics: list[dict[str, Any]] = []
-    summary: dict[str, int] = {}
+    digest: dict[str, Any] = {"steps": [], "diagnostics": []}
     refusals: list[str] = []
     drifted: list[Change] = []
     for kind, event in run.events():
+        step = event.get("metadata") or {}
         if kind == "resourcePreEvent":
-            step = event["metadata"]
-            steps.append({**step, "oldState": step.get("old"), "newState": step.get("new")})
-        elif kind == "resOutputsEvent" and event["metadata"]["op"] == "refresh":
-            drifted += _drifted(event["metadata"])
+            digest["steps"].append(_as_in_a_digest(step))
+        elif kind == "resOutputsEvent" and step["op"] == "refresh":
+            drifted += _drifted(_as_in_a_digest(step))
+        elif kind == "resOutputsEvent" and step["type"] == "pulumi:pulumi:Stack":
+            digest["outputs"] = _as_in_a_digest(step)
         elif kind == "diagnosticEvent":
-            diagnostics.append(event)
-        elif kind == "policyEvent" and event["enforcementLevel"] == "mandatory":
-            refusals.append(
-                f"`{event['policyName']}` {_name(event.get('resourceUrn', ''))}: {' '.join(event['message'].split())}"
-            )
+            digest["diagnostics"].append(event)
+        elif kind == "errorEvent":
+            digest["diagnostics"].append({"severity": "error", "message": event["error"]})
+        elif (refusal := refusal_of(kind, event)) is not None:
+            refusals.append(refusal)
         elif kind == "summaryEvent":
-            summary = event["resourceChanges"]
-    digest = {"steps": steps, "diagnostics": diagnostics, "changeSummary": summary}
-    return replace(read(digest, failed=run.failed and not refusals), refusals=refusals, drifted=drifted)
+            digest["changeSummary"] = event["resourceChanges"]
+    if "changeSummary" not in digest and not run.failed:
+        raise OpsError("The preview does not say what it came to.", "See whether the Pulumi CLI is of the version in the README.")
+    return replace(read(digest, failed=run.failed and not refusals, said=run.said), refusals=refusals, drifted=drifted)
+
+
+def refusal_of(kind: str, event: Mapping[str, Any]) -> str | None:
+    """Return what an event says against a change, where it is of a mandatory policy."""
+    if kind != "policyEvent" or event["enforcementLevel"] != "mandatory":
+        return None
+    return f"`{event['policyName']}` {_name(event.get('resourceUrn', ''))}: {' '.join(event['message'].split())}"
+
+
+def _as_in_a_digest(step: Mapping[str, Any]) -> dict[str, Any]:
+    return {**step, "oldState": step.get("old"), "newState": step.get("new"), "diffReasons": step.get("diffs")}
 
 
 def _drifted(step: Mapping[str, Any]) -> list[Change]:
     """Return what was done to a resource behind the state's back, if anything was."""
-    old, new = step.get("old") or {}, step.get("new")
-    if not old.get("custom"):
+    if _is_group(step):
         return []
-    if not new:
-        return [_change({**step, "op": "delete", "oldState": old})]
-    return [_change({**step, "op": "update", "oldState": old, "newState": new})] if step.get("detailedDiff") else []
+    if not step["newState"]:
+        return [_change({**step, "op": "delete"})]
+    changed = step.get("detailedDiff") or step["diffReasons"]
+    return [_change({**step, "op": "update"})] if changed else []
 
 
 def _name(urn: str) -> str:
@@ -148,8 +161,35 @@ def read(digest: Mapping[str, Any], *, failed: bool = False, said: str = "") -> 
     errors = [error for error in said_wrong if error not in FAILED]
     if failed and not errors:
         errors = [said.strip() or "it did not say why"]
-    changes = [_change(step) for step in digest.get("steps") or [] if step["op"] not in IGNORED and not _is_group(step)]
+    steps = [step for step in digest.get("steps") or [] if step["op"] and not _is_group(step)]
+    replaced = {_of_state(step) for step in steps if step["op"] == "replace"}
+    changes = [change for step in steps if (change := _change_of(step, replaced)) is not None]
+    if not changes and not errors and (outputs := digest.get("outputs")) is not None:
+        changes += _changed_outputs(outputs)
     return Preview(changes, int((digest.get("changeSummary") or {}).get("same", 0)), errors)
+
+
+def _of_state(step: Mapping[str, Any]) -> tuple[str, str]:
+    """Return which thing of the state a step is about: of a resource there may be an old one that is still to be deleted."""
+    return step["urn"], (step.get("oldState") or {}).get("id", "")
+
+
+def _change_of(step: Mapping[str, Any], replaced: Container[tuple[str, str]]) -> Change | None:
+    if step["op"] == "delete-replaced" and _of_state(step) not in replaced:
+        return _change({**step, "op": "delete"})  # left by an update that was cut off after it had made the new one
+    if step["op"] == "same":
+        # The engine counts these for nothing, and yet they decide what is deleted later.
+        old, new = ({key: bool((step.get(state) or {}).get(key)) for key in OPTIONS} for state in ("oldState", "newState"))
+        if step.get("newState") and (paths := [key for key in OPTIONS if old[key] != new[key]]):
+            return replace(_change({**step, "op": "update"}), before=old, after=new, paths=paths)
+    return None if step["op"] in IGNORED else _change(step)
+
+
+def _changed_outputs(step: Mapping[str, Any]) -> list[Change]:
+    """Return the change of the stack's outputs, which the engine counts for nothing, but writes in an update alone."""
+    old, new = ((step[state] or {}).get("outputs") or {} for state in ("oldState", "newState"))
+    paths = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+    return [replace(_change({**step, "op": "update"}), before=old, after=new, paths=paths)] if paths and old else []
 
 
 def _is_group(step: Mapping[str, Any]) -> bool:
@@ -183,9 +223,17 @@ def judged(change: Change) -> tuple[Verdict, str]:
         "tls LocallySignedCert": _certificate,
         "command Command": _command,
     }
+    if change.operation == "update" and [*change.paths] and {*change.paths} <= {*OPTIONS}:
+        return _options(change)
     if (rule := rules.get(change.kind)) and (found := rule(change)):
         return found
     return (Verdict.NEEDS_APPROVAL if change.operation == "delete" else Verdict.FINE), ""
+
+
+def _options(change: Change) -> tuple[Verdict, str]:
+    if any(change.before[option] and not change.after[option] for option in change.paths):
+        return Verdict.NEEDS_APPROVAL, "nothing changes now, but from then on it may be deleted"
+    return Verdict.FINE, "nothing changes now, but from then on it is kept"
 
 
 def _volume(change: Change) -> tuple[Verdict, str] | None:
@@ -305,7 +353,9 @@ def sentences(preview: Preview) -> Iterator[str]:
     yield from preview.errors
     yield from (f"refused by policies: {refusal}" for refusal in preview.refusals)
     for heading, changes in by_verdict(preview).items():
-        yield from (f"{heading.lower()}: {_line(change, words)[2:]}" for change, words in changes)
+        for change, words in changes:
+            yield f"{heading.lower()}: {_line(change, words)[2:]}"
+            yield from (f"  {path}: {now} → {then}" for path, now, then in _differences(change))
 
 
 def markdown(stack: str, preview: Preview) -> str:
@@ -323,7 +373,7 @@ def _lines(stack: str, preview: Preview) -> Iterator[str]:
     for heading, changes in by_verdict(preview).items():
         yield from ("", f"**{heading}**", "")
         yield from (_line(change, words) for change, words in changes)
-    yield from _fields([change for change in preview.changes if change.operation in ("update", "replace") and change.paths])
+    yield from _fields([change for change in preview.changes if any(_differences(change))])
     if preview.unchanged:
         yield from ("", f"{preview.unchanged} unchanged")
 
@@ -337,10 +387,16 @@ def _fields(changes: Sequence[Change]) -> Iterator[str]:
         return
     yield from ("", "<details><summary>What differs</summary>", "", "| resource | field | now | then |", "|---|---|---|---|")
     for change in changes:
-        for path in change.paths:
-            now, then = _cells(_at(change.before, path), _at(change.after, path))
+        for path, now, then in _differences(change):
             yield f"| `{change.name}` | `{path}` | {now} | {then} |"
     yield from ("", "</details>")
+
+
+def _differences(change: Change) -> Iterator[tuple[str, str, str]]:
+    """Yield where an updated or replaced resource differs, with what is there now and then."""
+    if change.operation in ("update", "replace"):
+        for path in change.paths:
+            yield path, *_cells(_at(change.before, path), _at(change.after, path))
 
 
 def _at(inputs: Mapping[str, Any], path: str) -> str:

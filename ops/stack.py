@@ -14,12 +14,13 @@ ROOT = Path(__file__).parent.parent
 
 
 class OpsError(Exception):
-    """Something is wrong; the text says what, and what to do."""
+    """Something is wrong; the text says what, and what to do; ``code`` is the command's exit code."""
 
-    def __init__(self, what: str, mend: str) -> None:
+    def __init__(self, what: str, mend: str, code: int = 1) -> None:
         super().__init__(f"{what}\n{mend}")
         self.what = what
         self.mend = mend
+        self.code = code
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ def pulumi(*arguments: str, stdin: str | None = None) -> str:
     command = ["pulumi", "--non-interactive", "--color", "never", *arguments]
     run = subprocess.run(command, cwd=ROOT, input=stdin, capture_output=True, text=True, check=False)
     if run.returncode:
-        said = (run.stderr.strip() or run.stdout.strip())[-2000:]
+        # What was printed before it failed may be secrets.
+        said = (run.stderr.strip() or ("" if "--show-secrets" in arguments else run.stdout.strip()))[-2000:]
         raise OpsError(f"`pulumi {' '.join(arguments)}` failed: {said}", "Mend that, and run this again.")
     return run.stdout
 

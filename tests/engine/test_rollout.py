@@ -17,7 +17,7 @@ import pytest
 from lab.kubernetes import Cluster
 from tests.engine.conftest import new_stack
 from tests.engine.given_cluster import GivenCluster
-from tests.engine.kubernetes_stack import new_kubernetes_stack
+from tests.engine.kubernetes_stack import new_kubernetes_stack, wait_for
 from tests.engine.stack import Stack
 
 ENVIRONMENTS = ("dev", "staging", "prod")
@@ -129,6 +129,29 @@ def test_production_is_changed_after_a_question_only(
     assert daemon.containers.get(prod.name).attrs["HostConfig"]["Memory"] == memory << 20
 
 
+@pytest.mark.parametrize("end", ["\x03", "\x04"], ids=["interrupted", "ended"])
+def test_a_question_that_is_not_answered_ends_the_rollout_as_an_interruption_does(rolled_out: Environments, end: str) -> None:
+    prod = rolled_out.prod
+    with changed(prod, "container", memoryMiB=650):
+        said, returned = answered(prod, end, "rollout", prod.name)
+    assert returned == 130
+    assert "Run the same command again to go on" in said
+
+
+def test_what_only_decides_the_fate_of_the_data_is_rolled_out_too(stack: Stack) -> None:
+    stack.set("storage", onDestroy="delete")
+    stack.up()
+    stack.set("storage", onDestroy="keep")
+    stack.write()
+    assert "update `registry-images` (docker Volume): nothing changes now" in stack.ops("report").stdout
+    stack.ops("rollout", stack.name)
+    (volume,) = (one for one in stack.state()["deployment"]["resources"] if one["type"] == "docker:index/volume:Volume")
+    assert volume["retainOnDelete"]
+    stack.set("storage", onDestroy="delete")
+    stack.write()
+    assert stack.ops("report", check=False).returncode == 10
+
+
 def test_what_would_delete_a_volume_is_refused_until_it_is_allowed_by_its_name(
     environments: Environments, daemon: docker.DockerClient
 ) -> None:
@@ -204,6 +227,7 @@ def test_an_interrupted_rollout_finishes_what_the_engine_began_and_goes_on_when_
         assert running.stdout is not None
         for line in running.stdout:
             if line == f"{dev.name}: bringing up\n":
+                wait_for(lambda: environments.is_up(dev))
                 running.send_signal(signal.SIGTERM)
                 break
         said = running.stdout.read()
@@ -244,7 +268,13 @@ def answered(stack: Stack, answer: str, *command: str) -> tuple[str, int]:
     ours, theirs = pty.openpty()
     environment = {**stack.environment, "COLUMNS": "200", "TERM": "dumb"}
     with subprocess.Popen(
-        [sys.executable, "-m", "ops", *command], cwd=stack.folder, env=environment, stdin=theirs, stdout=theirs, stderr=theirs
+        # Of a session of its own, whose terminal this is: else Ctrl-C would be a character like others.
+        ["setsid", "--ctty", "--wait", sys.executable, "-m", "ops", *command],
+        cwd=stack.folder,
+        env=environment,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
     ) as running:
         os.close(theirs)
         said = b""
@@ -252,7 +282,7 @@ def answered(stack: Stack, answer: str, *command: str) -> tuple[str, int]:
             while chunk := os.read(ours, 65536):
                 said += chunk
                 if b"[y/N]" in said and answer:
-                    os.write(ours, f"{answer}\n".encode())
+                    os.write(ours, answer.encode() if ord(answer) < 32 else f"{answer}\n".encode())
                     answer = ""
         os.close(ours)
     return said.decode(), running.returncode

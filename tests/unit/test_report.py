@@ -2,16 +2,19 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from xml.etree import ElementTree
 
 import pytest
 from typer.testing import CliRunner
 
 from ops.__main__ import app
+from ops.engine import Run
 from ops.page import COLOURS, page
-from ops.report import Verdict, judged, markdown, of_file, read, verdict_of
+from ops.report import Preview, Verdict, judged, markdown, of_file, of_run, read, verdict_of
+from ops.stack import OpsError
 
 PREVIEWS = Path(__file__).parent / "previews"
 GAP = "replace `registry` (docker Container): the registry is away for two to three seconds"
@@ -214,3 +217,49 @@ def test_the_page_shows_a_name_as_it_is_written() -> None:
     changed = step("a:b:C", "create", None, {})
     changed["urn"] = "urn:pulumi:dev::p::a:b:C::<b>&"
     assert "&lt;b&gt;&amp;" in page("<dev>", read({"steps": [changed]}))
+
+
+def with_steps(*steps: dict[str, Any]) -> Preview:
+    """A preview of a volume's steps, which are hard to have from an engine: they come of an update that was cut off."""
+    urn = "urn:pulumi:dev::private-registry::private-registry:index:RegistryContainer$docker:index/volume:Volume::registry-images"
+    return read({"steps": [{"urn": urn, **step} for step in steps]})
+
+
+def test_a_volume_that_an_interrupted_update_left_to_be_deleted_would_lose_data() -> None:
+    old = {"custom": True, "id": "old", "inputs": {"name": "old"}, "delete": True}
+    preview = with_steps({"op": "delete-replaced", "oldState": old})
+    assert verdict_of(preview) is Verdict.LOSES_DATA
+    assert "deletes the volume `old` with all images" in markdown("dev", preview)
+
+
+def test_the_deletion_within_a_replacement_is_told_once() -> None:
+    old = {"custom": True, "id": "old", "inputs": {"name": "old"}}
+    new = {"custom": True, "inputs": {"name": "new"}}
+    steps = [{"op": "delete-replaced", "oldState": old}, {"op": "replace", "oldState": old, "newState": new}]
+    assert len(with_steps(*steps).changes) == 1
+
+
+class Ended:
+    """A run of the CLI that is over, with what it printed."""
+
+    failed = False
+    said = ""
+
+    def __init__(self, *events: tuple[str, dict[str, Any]]) -> None:
+        self._events = events
+
+    def events(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        yield from self._events
+
+
+def test_a_preview_that_does_not_say_what_it_came_to_is_not_taken_for_one_without_changes() -> None:
+    with pytest.raises(OpsError, match="does not say what it came to"):
+        of_run(cast("Run", Ended(("preludeEvent", {}))))
+
+
+def test_outputs_alone_are_a_change() -> None:
+    stack = {"op": "same", "type": "pulumi:pulumi:Stack", "urn": "urn:pulumi:dev::private-registry::pulumi:pulumi:Stack::p-dev"}
+    states = {"old": {"outputs": {"address": "a"}}, "new": {"outputs": {"address": "b"}}}
+    summary = ("summaryEvent", {"resourceChanges": {"same": 1}})
+    preview = of_run(cast("Run", Ended(("resOutputsEvent", {"metadata": {**stack, **states}}), summary)))
+    assert "| `p-dev` | `address` | `a` | `b` |" in markdown("dev", preview)
