@@ -20,7 +20,7 @@ from tests.engine.conftest import new_stack
 from tests.engine.stack import Stack
 
 ENVIRONMENTS = (1, 10)
-SAMPLE_SECONDS = 0.5
+SAMPLE_SECONDS = 3
 console = Console()
 
 
