@@ -238,7 +238,8 @@ def new(
         settings = made.write()
     except OpsError as error:
         raise _failed(error) from None
-    for warning in clashes(settings, made.others).warnings:
+    _, warnings = clashes(settings, made.others)
+    for warning in warnings:
         console.print(f"[yellow]![/yellow] {escape(warning)}")
     console.print(f"[green]✓[/green] {escape(made.file.name)} is written. Next:")
     for command in next_commands(name, settings):

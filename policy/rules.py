@@ -6,7 +6,6 @@ What is not known yet in a preview leaves its part of a resource undecided: the 
 import base64
 import binascii
 import re
-import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -39,7 +38,7 @@ SECRET_TEXTS = {
     "a user's password hash": re.compile(r"(?m)^[^\s:]+:(\$2[abxy]\$\d\d\$|\$apr1\$|\$[56]\$)\S+$"),
     "a Ceph key": re.compile(r"(?<![A-Za-z0-9+/])AQ[A-Za-z0-9+/]{36}==(?![A-Za-z0-9+/=])"),
     "a password in a URL": re.compile(r"\b[a-z][a-z0-9+.-]*://[^\s/:@]+:[^\s/@$]+@"),
-    "a login of a registry": re.compile(r'"auth"\s*:\s*"[A-Za-z0-9+/=]+"'),
+    "a login of a registry": re.compile(r'"(auth|password)"\s*:\s*"[^"$/{<\s]+"'),
 }
 # Names whose values are secrets, spelled without anything but letters: an adminPassword, an ADMIN_PASSWORD.
 SECRET_NAME = re.compile(
@@ -47,9 +46,12 @@ SECRET_NAME = re.compile(
 )
 SECRET_WORD = r"[\w.-]*(?:password|passwd|passphrase|secret|token|(?:private|secret|access|api)[_-]?key)"  # noqa: S105
 # What is put in from elsewhere begins with $, a path with /, and neither is the secret.
-CLEAR_VALUE = r"""["']?[^\s"'$/{(<|&;]"""
+CLEAR_VALUE = r"""["']?[^\s"'$/{(<>|&;]"""
 COMMAND_LINE = re.compile(rf"(?i)(?:^|[\s;&|])(?:{SECRET_WORD}=|--?{SECRET_WORD}[ =]){CLEAR_VALUE}")
-CONFIGURATION_LINE = re.compile(rf"(?im)^[ \t]*[\"']?{SECRET_WORD}[\"']?[ \t]*[:=][ \t]*{CLEAR_VALUE}")
+BLOCK = r"(?:[|>][-+]?[ \t]*\n[ \t]+)?"  # where YAML has a text below its key
+CONFIGURATION_LINE = re.compile(rf"(?im)^[ \t]*[\"']?{SECRET_WORD}[\"']?[ \t]*[:=][ \t]*{BLOCK}{CLEAR_VALUE}")
+# The inputs that are command lines, of whatever resource; in a list, one word or one script an item.
+COMMAND_LINES = {"create", "update", "delete", "command", "args", "entrypoints", "tests"}
 
 KINDS_WITH_A_POD = {"ReplicationController", "ReplicaSet", "Deployment", "StatefulSet", "DaemonSet", "Job", "PodTemplate"}
 # A Job ends, and of a DaemonSet each node has its own: those are evicted without anything being away.
@@ -146,17 +148,24 @@ def clear_secrets(resource_type: str, inputs: Any) -> Iterator[str]:
     """Return a sentence for each secret that stands in clear; its value is in none of them."""
     for path, name, text in clear_texts(inputs):
         what = next((what for what, form in SECRET_TEXTS.items() if any(form.search(one) for one in (text, *decoded(text)))), "")
-        if not what and SECRET_NAME.search(re.sub(r"[^a-z]", "", name.lower())) and not text.startswith("/"):
+        # An annotation names a Secret at most, such as an ingress's auth-secret.
+        named = names_a_secret(name) and not path.startswith("metadata.annotations.")
+        if not what and named and not text.startswith(("/", "$")):
             what = f"the value of {name}"
-        if not what and resource_type.startswith("command:") and path in ("create", "update", "delete"):
-            what = "a password or a key on a command line" if COMMAND_LINE.search(text) else ""
-        if not what and (kind_of(resource_type) == "ConfigMap" or path.startswith("uploads[")):
-            what = "a password or a key in a configuration" if CONFIGURATION_LINE.search(text) else ""
+        if not what and name in COMMAND_LINES and COMMAND_LINE.search(text):
+            what = "a password or a key on a command line"
+        is_configuration = kind_of(resource_type) == "ConfigMap" or path.startswith("uploads[") or name == "kubeconfig"
+        if not what and is_configuration and CONFIGURATION_LINE.search(text):
+            what = "a password or a key in a configuration"
         if what:
             yield (
                 f"{path} has {what} in clear: it must be a secret, or it is readable in the state and in each preview; give it "
                 "as pulumi.Output.secret(...), or take it from config.require_secret(...)"
             )
+
+
+def names_a_secret(name: str) -> bool:
+    return SECRET_NAME.search(re.sub(r"[^a-z]", "", name.lower())) is not None
 
 
 def clear_texts(value: Any, path: str = "", name: str = "") -> Iterator[tuple[str, str, str]]:
@@ -178,7 +187,10 @@ def clear_texts(value: Any, path: str = "", name: str = "") -> Iterator[tuple[st
             # ["PASSWORD=...", ...]
             assigned = re.match(r"(\w+)=(?=.)", item) if isinstance(item, str) and name == "envs" else None
             text = item[assigned.end() :] if assigned else item
-            yield from clear_texts(text, f"{path}[{index}]", assigned[1] if assigned else name)
+            # ["--password", "..."]
+            option = value[index - 1] if index and name in COMMAND_LINES else None
+            said_of = option if isinstance(option, str) and names_a_secret(option) else name
+            yield from clear_texts(text, f"{path}[{index}]", assigned[1] if assigned else said_of)
     elif isinstance(value, str) and value and value not in UNKNOWN_VALUES:
         yield path, name, value
 
@@ -201,7 +213,7 @@ def keys_in_image(resource: ResourceValidationArgs) -> Iterator[str]:
         if dockerfile and has_private_key(Path(dockerfile)):
             yield f"build.dockerfile {dockerfile} has a private key: {NOT_IN_IMAGE}"
     for name, value in each_item(build.get("args") or {}):
-        if PRIVATE_KEY.search(str(value)) or SECRET_NAME.search(re.sub(r"[^a-z]", "", name.lower())):
+        if PRIVATE_KEY.search(str(value)) or names_a_secret(name):
             yield f"build.args.{name} is a secret, which the image's history would show: {NOT_IN_IMAGE}"
 
 
@@ -328,14 +340,15 @@ def no_privileges(resource: ResourceValidationArgs) -> Iterator[str]:
     if not documented:
         yield from each(pod.get("volumes") or [], path_of_the_node)
         yield from each([pod], root_user)
-    for container in containers_of(pod):
-        context = container.get("securityContext") or {}
-        yield from each([context], lambda context: said_true(context, "privileged", "securityContext.privileged"))
-        yield from each(
-            [context.get("capabilities") or {}], lambda found: added(found.get("add"), "securityContext.capabilities.add")
-        )
-        if not documented:
-            yield from each([container], root_user)
+    yield from each(containers_of(pod), added_rights)
+    if not documented:
+        yield from each(containers_of(pod), root_user)
+
+
+def added_rights(container: Inputs) -> Iterator[str]:
+    context = container.get("securityContext") or {}
+    yield from each([context], lambda context: said_true(context, "privileged", "securityContext.privileged"))
+    yield from added((context.get("capabilities") or {}).get("add"), "securityContext.capabilities.add")
 
 
 def said_true(inputs: Inputs, key: str, path: str) -> Iterator[str]:
@@ -434,14 +447,12 @@ def protected_data(resource: ResourceValidationArgs) -> Iterator[str]:
             "protect is false, and the registry's images are in it: in production it must be true, so that nothing deletes them "
             "by mistake; set private-registry:storage.protect: true"
         )
-    if is_rbd_image(resource) and (released := resource.props.get("delete")):
-        words = shlex.split(released)
-        kept = "keep" in words[words.index("--policy") : words.index("--policy") + 2] if "--policy" in words else False
-        if not kept:
-            yield (
-                f"delete is {released!r}: in production the RBD image must be kept when the stack goes; set "
-                "private-registry:storage.onDestroy: keep"
-            )
+    released = resource.props.get("delete") if is_rbd_image(resource) else None
+    if released and "--policy keep" not in released:
+        yield (
+            f"delete is {released!r}: in production the RBD image must be kept when the stack goes; set "
+            "private-registry:storage.onDestroy: keep"
+        )
 
 
 def holds_data(resource: ResourceValidationArgs) -> bool:

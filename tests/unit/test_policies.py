@@ -78,3 +78,49 @@ def test_a_private_key_inside_base64_is_found() -> None:
     kubeconfig = "client-key-data: LS0tLS1CRUdJTiBQUklWQVRFIEtFWS0tLS0tCg==\n"
     (found,) = rules.clear_secrets("pulumi:providers:kubernetes", {"kubeconfig": kubeconfig})
     assert "kubeconfig has a private key" in found
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs", "words"),
+    [
+        ("docker:index/container:Container", {"command": ["serve", "--password=hunter22"]}, "command[1] has a password or a key"),
+        (
+            "docker:index/container:Container",
+            {"command": ["serve", "--token", "hunter22"]},
+            "command[2] has the value of --token",
+        ),
+        (
+            "kubernetes:core/v1:Pod",
+            {"spec": {"containers": [{"args": ["-c", "x --password hunter22"]}]}},
+            "args[1] has a password",
+        ),
+        ("kubernetes:core/v1:ConfigMap", {"data": {"c": "password: |\n  hunter22\n"}}, "data.c has a password or a key"),
+        ("pulumi:providers:kubernetes", {"kubeconfig": "user:\n  token: hunter22\n"}, "kubeconfig has a password or a key"),
+        ("docker:index/image:Image", {"x": '{"auths": {"hub.test": {"password": "hunter22"}}}'}, "x has a login of a registry"),
+    ],
+    ids=["option", "option and word", "script", "block", "kubeconfig", "login"],
+)
+def test_a_secret_in_clear_is_found(kind: str, inputs: dict[str, Any], words: str) -> None:
+    (found,) = rules.clear_secrets(kind, inputs)
+    assert words in found
+    assert "hunter22" not in found
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs"),
+    [
+        ("kubernetes:networking.k8s.io/v1:Ingress", {"metadata": {"annotations": {"ingress.test/auth-secret": "users"}}}),
+        ("kubernetes:core/v1:Pod", {"spec": {"containers": [{"env": [{"name": "PASSWORD", "value": "$(OTHER)"}]}]}}),
+        ("docker:index/container:Container", {"command": ["login", "--password-file", "users", "--token", "/run/token"]}),
+        ("kubernetes:core/v1:ConfigMap", {"data": {"c": "password: >-\n  $PASSWORD\n"}}),
+    ],
+    ids=["annotation", "variable", "file", "block"],
+)
+def test_a_reference_to_a_secret_is_none(kind: str, inputs: dict[str, Any]) -> None:
+    assert list(rules.clear_secrets(kind, inputs)) == []
+
+
+def test_an_unknown_context_of_a_container_does_not_hide_the_next_one() -> None:
+    containers = [{"securityContext": UNKNOWN_STRING_VALUE}, {"securityContext": {"privileged": True}}]
+    (found,) = rules.no_privileges(resource("kubernetes:core/v1:Pod", spec={"containers": containers}))
+    assert "securityContext.privileged is true" in found
