@@ -119,7 +119,7 @@ def report(
 
 @app.command()
 def rollout(
-    stacks: Annotated[list[str], typer.Argument(metavar="STACK...", help="The stacks, in their order.")],
+    stacks: Annotated[list[str], typer.Argument(metavar="STACK", help="The stacks, in their order.")],
     yes_for: Annotated[
         list[str] | None, typer.Option("--yes-for", metavar="STACK", help="Change this stack of production without asking.")
     ] = None,
@@ -154,7 +154,7 @@ def rollout(
 
 
 @app.command()
-def drift(stacks: Annotated[list[str], typer.Argument(metavar="STACK...", help="The stacks.")]) -> None:
+def drift(stacks: Annotated[list[str], typer.Argument(metavar="STACK", help="The stacks.")]) -> None:
     """Tell what differs from the stacks, without changing anything; exit 10: something does, 1: something failed.
 
     Resources, hosts, the days that certificates have left, the room for images, and the image's base.
@@ -213,15 +213,14 @@ app.add_typer(environment, name="environment")
 
 @environment.command()
 def new(
-    # Hidden in the list below the usage, where Typer would show it with a stray backslash.
-    name: Annotated[str, typer.Argument(metavar="NAME", hidden=True)],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Its name, which is the stack's.")],
     said: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="PATH=VALUE", help="Answer, or any other setting: kubernetes.nodePort=32510."),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Ask nothing: take the default of what is not set.")] = False,
 ) -> None:
-    """Write the stack file of NAME, a new environment.
+    """Write the stack file of a new environment.
 
     What is not set is asked. Nothing is written before all of it is right, and none of it clashes with another environment.
     """

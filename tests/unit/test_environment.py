@@ -11,10 +11,9 @@ from typing import Any
 import hypothesis
 import pytest
 import yaml
-from click.testing import Result
 from hypothesis import given
 from hypothesis import strategies as st
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from ops import environment, stack
 from ops.__main__ import app
