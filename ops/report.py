@@ -177,11 +177,13 @@ def _of_state(step: Mapping[str, Any]) -> tuple[str, str]:
 def _change_of(step: Mapping[str, Any], replaced: Container[tuple[str, str]]) -> Change | None:
     if step["op"] == "delete-replaced" and _of_state(step) not in replaced:
         return _change({**step, "op": "delete"})  # left by an update that was cut off after it had made the new one
-    if step["op"] == "same":
-        # The engine counts these for nothing, and yet they decide what is deleted later.
+    if step["op"] in ("same", "update") and step.get("newState"):
+        # The engine counts a change of these for nothing, and yet they decide what is deleted later.
         old, new = ({key: bool((step.get(state) or {}).get(key)) for key in OPTIONS} for state in ("oldState", "newState"))
-        if step.get("newState") and (paths := [key for key in OPTIONS if old[key] != new[key]]):
-            return replace(_change({**step, "op": "update"}), before=old, after=new, paths=paths)
+        if paths := [key for key in OPTIONS if old[key] != new[key]]:
+            change = _change({**step, "op": "update"})
+            before, after = {**change.before, **old}, {**change.after, **new}
+            return replace(change, before=before, after=after, paths=[*change.paths, *paths])
     return None if step["op"] in IGNORED else _change(step)
 
 
@@ -223,17 +225,19 @@ def judged(change: Change) -> tuple[Verdict, str]:
         "tls LocallySignedCert": _certificate,
         "command Command": _command,
     }
-    if change.operation == "update" and [*change.paths] and {*change.paths} <= {*OPTIONS}:
-        return _options(change)
-    if (rule := rules.get(change.kind)) and (found := rule(change)):
-        return found
-    return (Verdict.NEEDS_APPROVAL if change.operation == "delete" else Verdict.FINE), ""
+    rule = rules.get(change.kind)
+    found = (rule and rule(change)) or (Verdict.NEEDS_APPROVAL if change.operation == "delete" else Verdict.FINE, "")
+    options = _options(change) or found
+    return found if found[0].rank > options[0].rank else options
 
 
-def _options(change: Change) -> tuple[Verdict, str]:
-    if any(change.before[option] and not change.after[option] for option in change.paths):
-        return Verdict.NEEDS_APPROVAL, "nothing changes now, but from then on it may be deleted"
-    return Verdict.FINE, "nothing changes now, but from then on it is kept"
+def _options(change: Change) -> tuple[Verdict, str] | None:
+    options = [path for path in change.paths if path in OPTIONS]
+    if change.operation != "update" or not options:
+        return None
+    if any(change.before[option] and not change.after[option] for option in options):
+        return Verdict.NEEDS_APPROVAL, "its data are not safe any more: from then on it may be deleted"
+    return Verdict.FINE, "from then on its data are kept"
 
 
 def _volume(change: Change) -> tuple[Verdict, str] | None:

@@ -143,7 +143,7 @@ def test_what_only_decides_the_fate_of_the_data_is_rolled_out_too(stack: Stack) 
     stack.up()
     stack.set("storage", onDestroy="keep")
     stack.write()
-    assert "update `registry-images` (docker Volume): nothing changes now" in stack.ops("report").stdout
+    assert "update `registry-images` (docker Volume): from then on its data are kept" in stack.ops("report").stdout
     stack.ops("rollout", stack.name)
     (volume,) = (one for one in stack.state()["deployment"]["resources"] if one["type"] == "docker:index/volume:Volume")
     assert volume["retainOnDelete"]

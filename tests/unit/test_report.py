@@ -232,6 +232,14 @@ def test_a_volume_that_an_interrupted_update_left_to_be_deleted_would_lose_data(
     assert "deletes the volume `old` with all images" in markdown("dev", preview)
 
 
+def test_a_change_that_also_takes_protection_away_needs_approval() -> None:
+    old = {"custom": True, "id": "a", "inputs": {"name": "a", "labels": []}, "protect": True}
+    new = {"custom": True, "inputs": {"name": "a", "labels": ["b"]}}
+    preview = with_steps({"op": "update", "oldState": old, "newState": new, "detailedDiff": {"labels": {}}})
+    assert verdict_of(preview) is Verdict.NEEDS_APPROVAL
+    assert "| `registry-images` | `protect` | `true` | `false` |" in markdown("dev", preview)
+
+
 def test_the_deletion_within_a_replacement_is_told_once() -> None:
     old = {"custom": True, "id": "old", "inputs": {"name": "old"}}
     new = {"custom": True, "inputs": {"name": "new"}}
