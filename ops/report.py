@@ -113,7 +113,7 @@ def of_run(run: Run) -> Preview:
         elif kind == "summaryEvent":
             digest["changeSummary"] = event["resourceChanges"]
     if "changeSummary" not in digest and not run.failed:
-        raise OpsError("The preview does not say what it came to.", "See whether the Pulumi CLI is of the version in the README.")
+        raise OpsError("The preview does not say what it came to.", "Use the CLI that `make toolchain` finds.")
     return replace(read(digest, failed=run.failed and not refusals, said=run.said), refusals=refusals, drifted=drifted)
 
 
