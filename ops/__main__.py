@@ -146,8 +146,9 @@ def rollout(
         except OpsError as error:
             stopped = error
         except KeyboardInterrupt:
-            words = "Interrupted: the engine finished what it had begun, and began nothing more."
-            stopped = OpsError(words, "Run the same command again to go on.", INTERRUPTED)
+            words = "Interrupted: what was begun was ended or given up, and nothing more was begun."
+            mend = "Run the same command again to go on. Where it fails, `python -m ops recover --stack NAME` first."
+            stopped = OpsError(words, mend, INTERRUPTED)
     shown.show_table(stacks)
     if stopped is not None:
         raise _failed(stopped)

@@ -46,7 +46,7 @@ class Run:
         )
 
     def interrupt(self) -> None:
-        """Ask the engine to finish what it has begun, and to begin nothing more. Asked twice it would end in the middle."""
+        """Ask the engine to begin nothing more, and to end or give up what it has begun. Asked twice it would end at once."""
         if not self._interrupted:
             self._interrupted = True
             self._process.send_signal(signal.SIGINT)

@@ -75,7 +75,7 @@ class Rollout:
 
         Raises:
             OpsError: something is wrong; what comes after it was not begun.
-            KeyboardInterrupt: it was interrupted; the engine finished what it had begun.
+            KeyboardInterrupt: it was interrupted; the engines have ended.
         """
         for wave in self.waves:
             previews = self._each(wave, self._preview)

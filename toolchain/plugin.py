@@ -17,8 +17,9 @@ def serve(add: Callable[[grpc.Server], None], stop: threading.Event) -> None:
 
     The engine starts plugins in process groups of their own, so Ctrl-C does not reach them: a SIGINT is the engine's word.
     """
+    # Not from the handler itself: it runs within the main thread's wait(), which may hold the lock that set() takes.
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, lambda *_: threading.Thread(target=stop.set).start())
     options = [("grpc.max_receive_message_length", MESSAGE_LIMIT), ("grpc.max_send_message_length", MESSAGE_LIMIT)]
     server = grpc.server(ThreadPoolExecutor(max_workers=32), options=options)
     add(server)
@@ -32,5 +33,5 @@ def serve(add: Callable[[grpc.Server], None], stop: threading.Event) -> None:
 
     threading.Thread(target=end_with_engine, daemon=True).start()
     stop.wait()
-    server.stop(grace=1).wait()
+    server.stop(grace=1).wait(2)
     os._exit(0)  # a program that waits for a resource that failed would hold the interpreter

