@@ -160,7 +160,9 @@ def _base(stack: str, secrets: Mapping[str, str]) -> Iterator[Finding]:
             current = _layers(client, f"{name}@{digest}", build["platform"])
             built = _layers(client, image["outputs"]["repoDigest"], build["platform"], login)
         except (docker.errors.APIError, requests.RequestException) as error:
-            yield Finding(Kind.CLEAN, f"base: not compared with {base} in its registry: {error}")
+            yield Finding(
+                Kind.CLEAN, f"base: not compared with {base} in its registry: {getattr(error, 'explanation', None) or error}"
+            )
             return
     if built[: len(current)] == current:
         yield Finding(Kind.CLEAN, f"base: built on the current {base}")
