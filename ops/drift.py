@@ -14,7 +14,6 @@ from ops.stack import OpsError, Registry, pulumi, registry_of, settings_of
 from settings import Settings
 
 CHECKS = ("volume", "pod", "resolve", "connect", "trust")
-FULL_PERCENT = 85
 
 
 class Kind(Enum):
@@ -112,6 +111,8 @@ def _hosts(stack: str, settings: Settings) -> Iterator[Finding]:
 
 def _space(settings: Settings, registry: Registry) -> Iterator[Finding]:
     """Tell how full the filesystem of the images is; that of an RBD image is one of the steps of `ops verify`."""
+    from ops.volume import FULL_PERCENT
+
     if registry.volume is not None:
         return
     if registry.workload is None:
