@@ -27,7 +27,8 @@ from rich.progress import track
 from rich.table import Table
 
 from lab import dockerd
-from tests.engine.conftest import free_port, new_stack
+from lab.ports import free_port
+from tests.engine.conftest import new_stack
 from tests.engine.stack import ROOT, Stack
 from toolchain.programs import REGISTRY, build
 

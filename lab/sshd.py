@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from lab.boxes import ENVIRONMENT, last_lines, wait
 from lab.debian import LabError, can_install, install
+from lab.ports import free_port
 
 START_SECONDS = 20
 END_SECONDS = 10
@@ -46,7 +47,7 @@ class SshServer:
             LabError: it cannot be installed, or does not answer in time.
         """
         self.address = address
-        self.port = port or _free_port(address)
+        self.port = port or free_port(address)
         self._name = f"sshd-{address}-{self.port}"
         self._folder = folder
         program = _program(folder)
@@ -165,15 +166,6 @@ def _quoted(word: str) -> str:
     """Return a word for sshd's configuration, in which it may have blanks."""
     escaped = word.replace("\\", "\\\\").replace('"', '\\"')
     return f'"{escaped}"'
-
-
-def _free_port(address: str) -> int:
-    with socket.socket() as listener:
-        try:
-            listener.bind((address, 0))
-        except OSError as error:
-            raise LabError(f"{address} is no address of this machine's: give a port, too") from error
-        return int(listener.getsockname()[1])
 
 
 def _stopped(pid: int) -> list[int]:

@@ -137,7 +137,8 @@ def rollout(
     from ops.rollout import Rollout
 
     for number in (signal.SIGTERM, signal.SIGHUP):  # a pipeline that is cancelled, a terminal that is gone
-        signal.signal(number, signal.default_int_handler)
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, signal.default_int_handler)
     stopped = None
     with RolloutProgress(console) as shown:
         try:

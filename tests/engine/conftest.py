@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import os
-import socket
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import pytest
 from lab import dockerd
 from lab.ceph import Ceph
 from lab.kubernetes import Cluster
+from lab.ports import free_port
 from lab.sshd import SshServer
 from tests.engine.given_cluster import KUBECONFIG, GivenCluster, given_cluster, given_registry
 from tests.engine.kubernetes_stack import Hub, KubernetesStack, new_kubernetes_stack
@@ -42,12 +42,6 @@ def daemon(docker_host: str) -> Iterator[docker.DockerClient]:
     client = docker.DockerClient(base_url=docker_host, timeout=120)
     yield client
     client.close()
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def remove_from_daemon(name: str, daemon: docker.DockerClient) -> None:

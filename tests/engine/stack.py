@@ -1,5 +1,6 @@
 """A stack as a user has it: a project folder, a stack file, a backend, and the CLI."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -8,8 +9,9 @@ import ssl
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, AnyStr
 
 import httpx
 import yaml
@@ -230,6 +232,17 @@ def remove_trust(name: str, address: str) -> None:
         },
         check=True,
     )
+
+
+@contextlib.contextmanager
+def killed_on_failure(process: subprocess.Popen[AnyStr]) -> Iterator[subprocess.Popen[AnyStr]]:
+    """Wait for a process at the end, as its own with statement does, which would wait for ever for one that hangs."""
+    with process:
+        try:
+            yield process
+        except BaseException:
+            process.kill()
+            raise
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:

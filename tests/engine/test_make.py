@@ -11,7 +11,7 @@ import docker
 import pytest
 import yaml
 
-from tests.engine.conftest import free_port
+from lab.ports import free_port
 from tests.engine.stack import ROOT
 
 

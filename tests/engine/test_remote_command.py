@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lab.sshd import SshServer
-from tests.engine.stack import environment_of_toolchain
+from tests.engine.stack import environment_of_toolchain, killed_on_failure
 
 PROJECT = """
 name: remote
@@ -291,7 +291,7 @@ def test_a_close_ends_the_commands_that_still_run(tmp_path: Path) -> None:
         key = tmp_path / "client"
         options = ["-F", "none", "-i", str(key), "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"]
         command = ["ssh", *options, "-p", str(server.port), f"{server.settings['user']}@127.0.0.1", "echo $$; exec sleep 600"]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as client:
+        with killed_on_failure(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)) as client:
             assert client.stdout is not None
             pid = int(client.stdout.readline())
             server.close()

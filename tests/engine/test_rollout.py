@@ -1,8 +1,6 @@
 """`ops rollout`: a change walks through the environments of a project, and stops at the first thing that is wrong."""
 
 import contextlib
-import os
-import pty
 import signal
 import socket
 import subprocess
@@ -12,16 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import docker
+import pexpect
 import pytest
 
 from lab.kubernetes import Cluster
 from tests.engine.conftest import new_stack
 from tests.engine.given_cluster import GivenCluster
 from tests.engine.kubernetes_stack import new_kubernetes_stack, wait_for
-from tests.engine.stack import Stack
+from tests.engine.stack import Stack, killed_on_failure
 
 ENVIRONMENTS = ("dev", "staging", "prod")
 MEGABYTES = (256, 384, 512)
+SECONDS = 200  # that a command may take to ask, or to end
 
 
 class Environments:
@@ -117,7 +117,7 @@ def test_production_is_not_changed_where_nobody_can_be_asked(rolled_out: Environ
     assert "replace `registry` (docker Container)" in stopped.stdout
 
 
-@pytest.mark.parametrize(("answer", "code", "memory"), [("n", 10, MEGABYTES[2]), ("y", 0, 640)], ids=["no", "yes"])
+@pytest.mark.parametrize(("answer", "code", "memory"), [("n\n", 10, MEGABYTES[2]), ("y\n", 0, 640)], ids=["no", "yes"])
 def test_production_is_changed_after_a_question_only(
     rolled_out: Environments, daemon: docker.DockerClient, answer: str, code: int, memory: int
 ) -> None:
@@ -223,7 +223,9 @@ def test_an_interrupted_rollout_begins_nothing_more_and_goes_on_when_run_again(e
     dev, staging = environments.dev, environments.staging
     environments.write()
     command = [sys.executable, "-m", "ops", "rollout", dev.name, staging.name]
-    with subprocess.Popen(command, cwd=dev.folder, env=dev.environment, stdout=subprocess.PIPE, text=True) as running:
+    with killed_on_failure(
+        subprocess.Popen(command, cwd=dev.folder, env=dev.environment, stdout=subprocess.PIPE, text=True)
+    ) as running:
         assert running.stdout is not None
         for line in running.stdout:
             if line == f"{dev.name}: bringing up\n":
@@ -264,25 +266,27 @@ def changed(stack: Stack, section: str, **values: Any) -> Iterator[None]:
 
 
 def answered(stack: Stack, answer: str, *command: str) -> tuple[str, int]:
-    """Run a command of `ops` on a terminal, and give one answer to its question."""
-    ours, theirs = pty.openpty()
-    environment = {**stack.environment, "COLUMNS": "200", "TERM": "dumb"}
-    with subprocess.Popen(
-        # Of a session of its own, whose terminal this is: else Ctrl-C would be a character like others.
-        ["setsid", "--ctty", "--wait", sys.executable, "-m", "ops", *command],
+    """Run a command of `ops` on a terminal of its own, and give one answer to its question; return what it said, and its code."""
+    running = pexpect.spawn(
+        sys.executable,
+        ["-m", "ops", *command],
         cwd=stack.folder,
-        env=environment,
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-    ) as running:
-        os.close(theirs)
-        said = b""
-        with contextlib.suppress(OSError):  # how the end of a terminal is told
-            while chunk := os.read(ours, 65536):
-                said += chunk
-                if b"[y/N]" in said and answer:
-                    os.write(ours, answer.encode() if ord(answer) < 32 else f"{answer}\n".encode())
-                    answer = ""
-        os.close(ours)
-    return said.decode(), running.returncode
+        env={**stack.environment, "TERM": "dumb"},
+        encoding="utf-8",
+        dimensions=(24, 200),
+        timeout=SECONDS,
+        preexec_fn=_heed_interrupts,
+    )
+    try:
+        running.expect_exact("[y/N]")
+        said = running.before or ""
+        running.send(answer)
+        running.expect(pexpect.EOF)
+        return said + (running.before or ""), running.wait()
+    finally:
+        running.close(force=True)
+
+
+def _heed_interrupts() -> None:
+    """Let Ctrl-C be what it is on a terminal: a shell lets what it runs in the background ignore it, and all children of that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -11,9 +11,10 @@ import docker
 import pytest
 from docker.models.containers import Container
 
+from lab.ports import free_port
 from ops.stack import OpsError, Registry
 from ops.verify import Verification
-from tests.engine.conftest import free_port, new_stack
+from tests.engine.conftest import new_stack
 from tests.engine.stack import Stack
 
 

@@ -18,7 +18,8 @@ import docker
 import pytest
 import yaml
 
-from tests.engine.conftest import free_port, remove_from_daemon
+from lab.ports import free_port
+from tests.engine.conftest import remove_from_daemon
 from tests.engine.stack import ROOT, environment_of_toolchain, remove_trust
 from tests.forge import TOKEN, Forge, running_forge
 
