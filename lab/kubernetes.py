@@ -141,7 +141,7 @@ class Cluster:
         if not 1 <= nodes <= MOST_NODES:
             raise LabError(f"The lab has 1 to {MOST_NODES} nodes, not {nodes}.")
         binaries = prepare()
-        with self._locked(), _progress() as progress:
+        with self._locked(), progress_bar() as progress:
             task = progress.add_task("")
             progress.update(task, description="starting the control plane")
             self._choose_network()
@@ -188,7 +188,7 @@ class Cluster:
         if not self.kubeconfig.exists():
             return None
         with self.client() as api:
-            return self.kubeconfig if _answers(api) else None
+            return self.kubeconfig if answers(api) else None
 
     def status(self) -> list[Status]:
         """Return the processes of the cluster; none where there is no cluster."""
@@ -273,7 +273,7 @@ class Cluster:
         )
         _write_private(self.kubeconfig, authority.kubeconfig("admin", self.server))
         with self.client() as api:
-            box.wait("no answer", lambda: _answers(api), SERVER_SECONDS, "etcd", "kube-apiserver")
+            box.wait("no answer", lambda: answers(api), SERVER_SECONDS, "etcd", "kube-apiserver")
         # Both end where they find no server, so they come after it.
         manager = self._kubeconfig(authority, "kube-controller-manager", "system:kube-controller-manager")
         box.start(
@@ -417,7 +417,7 @@ class Cluster:
         # The controllers make it, and without it the server refuses every pod.
         account = "/api/v1/namespaces/default/serviceaccounts/default"
         names = "kube-controller-manager", "kube-scheduler"
-        self.control().wait("no service account", lambda: _answers(api, account), SERVER_SECONDS, *names)
+        self.control().wait("no service account", lambda: answers(api, account), SERVER_SECONDS, *names)
 
     def _make_storage(self, api: httpx.Client) -> None:
         """Make the default storage class and volumes for its claims: folders here, which every node sees."""
@@ -478,7 +478,8 @@ def _import(box: Box, archive: int) -> None:
         raise LabError(f"{box.name} does not take the image: {done.stderr.strip()}")
 
 
-def _progress() -> Progress:
+def progress_bar() -> Progress:
+    """Return what shows how far a cluster's start is, while it starts."""
     columns = SpinnerColumn(), TextColumn("kubernetes: {task.description}"), TimeElapsedColumn()
     return Progress(*columns, console=Console(stderr=True), transient=True)
 
@@ -488,7 +489,8 @@ def _has_link(box: Box, name: str) -> bool:
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, check=False).returncode == 0
 
 
-def _answers(api: httpx.Client, path: str = "/readyz") -> bool:
+def answers(api: httpx.Client, path: str = "/readyz") -> bool:
+    """Tell whether an API server answers with what is at a path."""
     try:
         return api.get(path).is_success
     except httpx.HTTPError:

@@ -28,7 +28,7 @@ from lab.authority import Authority
 from lab.boxes import ENVIRONMENT, Box, run
 from lab.ceph import COMMON, make_keyrings
 from lab.debian import LabError, install_missing
-from lab.kubernetes import PAUSE_IMAGE, SERVER_SECONDS, Cluster, _answers, _progress, prepare
+from lab.kubernetes import PAUSE_IMAGE, SERVER_SECONDS, Cluster, answers, prepare, progress_bar
 from toolchain.programs import CACHE, ROOT
 
 GUEST = Path(__file__).parent / "guest"
@@ -102,7 +102,7 @@ class NodeLab(Cluster):
             raise LabError(f"This lab has {len(NODES)} nodes, not {nodes}.")
         binaries = prepare()
         install_missing(PACKAGES, ROOT / ".lab/nodes-apt.log")
-        with self._locked(), _progress() as progress:
+        with self._locked(), progress_bar() as progress:
             task = progress.add_task("the guests' image, once")
             guest = _guest_image(binaries)
             progress.update(task, description="starting the control plane")
@@ -363,7 +363,7 @@ class NodeLab(Cluster):
         name = f"node{number}"
         self.control().wait("not Ready", lambda: self.is_ready(api, number), GUEST_SECONDS, name)
         account = "/api/v1/namespaces/default/serviceaccounts/default"
-        self.control().wait("no service account", lambda: _answers(api, account), SERVER_SECONDS, "kube-controller-manager")
+        self.control().wait("no service account", lambda: answers(api, account), SERVER_SECONDS, "kube-controller-manager")
 
     @staticmethod
     def is_ready(api: httpx.Client, number: int) -> bool:

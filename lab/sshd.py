@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from lab.boxes import ENVIRONMENT, last_lines, wait
-from lab.debian import LabError, can_install, install
+from lab.debian import LabError, can_install, install_missing
 from lab.ports import free_port
 
 START_SECONDS = 20
@@ -144,7 +144,7 @@ def _program(folder: Path) -> str:
     if shutil.which("sshd", path=ENVIRONMENT["PATH"]) is None:
         if not can_install():
             raise LabError("there is no sshd: install your system's package of the OpenSSH server")
-        install(("openssh-server",), folder / "apt.log")
+        install_missing({"sshd": "openssh-server"}, folder / "apt.log")
     if (found := shutil.which("sshd", path=ENVIRONMENT["PATH"])) is None:
         raise LabError("there is no sshd, although openssh-server was installed")
     return found

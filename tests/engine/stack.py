@@ -28,6 +28,15 @@ def environment_of_toolchain() -> dict[str, str]:
     return dict(entry.split("=", 1) for entry in run.stdout.split("\0") if entry)
 
 
+def copy_checkout(folder: Path) -> None:
+    """Copy what git tracks into a folder, with this checkout's virtual environment."""
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for file in filter(None, tracked.split("\0")):
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / file, folder / file)
+    (folder / ".venv").symlink_to(ROOT / ".venv")
+
+
 class Stack:
     """One stack. What it says of the registry is in ``settings``, written to its file before each command."""
 

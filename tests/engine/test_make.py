@@ -1,7 +1,6 @@
 """The README's verbs, in a copy of the checkout, with a local stack that has names of its own."""
 
 import os
-import shutil
 import subprocess
 import uuid
 from collections.abc import Iterator
@@ -12,18 +11,14 @@ import pytest
 import yaml
 
 from lab.ports import free_port
-from tests.engine.stack import ROOT
+from tests.engine.stack import copy_checkout
 
 
 class Checkout:
     def __init__(self, folder: Path, name: str) -> None:
         self.folder = folder
         self.name = name
-        tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        for file in filter(None, tracked.split("\0")):
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / file, folder / file)
-        (folder / ".venv").symlink_to(ROOT / ".venv")
+        copy_checkout(folder)
         config = {
             "hostname": f"{name}.test",
             "container": {"name": name, "port": free_port()},

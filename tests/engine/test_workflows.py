@@ -20,7 +20,7 @@ import yaml
 
 from lab.ports import free_port
 from tests.engine.conftest import remove_from_daemon
-from tests.engine.stack import ROOT, environment_of_toolchain, remove_trust
+from tests.engine.stack import ROOT, copy_checkout, environment_of_toolchain, remove_trust
 from tests.forge import TOKEN, Forge, running_forge
 
 WORKFLOWS = sorted(file.name for file in (ROOT / ".github/workflows").iterdir())
@@ -82,11 +82,7 @@ class Repository:
         self.environment = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
         self.environment["NO_PROXY"] = "127.0.0.1"
         (folder / "state").mkdir()
-        tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        for file in filter(None, tracked.split("\0")):
-            (self.folder / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / file, self.folder / file)
-        (self.folder / ".venv").symlink_to(ROOT / ".venv")
+        copy_checkout(self.folder)
         *before, last = names
         (self.folder / ".ci/stacks").write_text(f"before_production=({' '.join(before)})\nproduction={last}\n")
         for name in names:
