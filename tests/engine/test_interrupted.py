@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 from pathlib import Path
 
 import docker
@@ -32,6 +33,7 @@ def _kill_after(stack: Stack, verb: str, changes: int) -> None:
             now = _checkpoints(stack)
             if now not in (before, -1):
                 seen, before = seen + 1, now
+            time.sleep(0.002)  # leaves the core to the update, and still sees nearly every change
         if process.poll() is None:
             kill(process)
 
@@ -79,6 +81,7 @@ def test_recover_refuses_while_an_update_runs(stack: Stack) -> None:
     with killed_on_failure(stack.start("up")) as process:
         while not list(locks.glob("*.json")):
             assert process.poll() is None, "the update ended before it was seen"
+            time.sleep(0.002)
         refused = stack.ops("recover", check=False)
         assert refused.returncode == 1
         assert f"An update of {stack.name} runs: process {process.pid}" in refused.stdout
