@@ -11,6 +11,8 @@ import pytest
 from tests.engine.kubernetes_stack import wait_for
 from tests.engine.stack import Stack
 
+pytestmark = pytest.mark.xdist_group("registry_on_docker")  # so that only one of the workers brings the stack up
+
 
 def test_a_second_up_changes_nothing(running: Stack) -> None:
     assert running.preview("--expect-no-changes").returncode == 0
