@@ -63,8 +63,10 @@ test: toolchain lab  ## run all tests
 
 .PHONY: lab-test
 lab-test: toolchain lab  ## run the tests on virtual nodes that mount the RBD image by their kernel: an hour
-	@. .toolchain/env && EVERY_LINE=yes pytest -n0 -k killed_at tests/engine/test_rbd_script.py tests/engine/test_client_trust.py
-	@. .toolchain/env && pytest -n0 --timeout=1800 tests/lab
+	@# What ends a worker that hangs has to come after the tests' own timeouts, which are longer here.
+	@. .toolchain/env && EVERY_LINE=yes pytest -n0 -o faulthandler_timeout=4500 --timeout=1800 -k killed_at \
+	  tests/engine/test_rbd_script.py tests/engine/test_client_trust.py
+	@. .toolchain/env && pytest -n0 -o faulthandler_timeout=4500 --timeout=1800 tests/lab
 
 .PHONY: lint
 lint: .venv/complete  ## check style, types, scripts and workflows

@@ -61,13 +61,17 @@ class Network:
         """This machine's address at the bridge."""
         self.machines: list[Machine] = []
         self._hub = Box("hub", f"{self._network}.0.2", folder / "hub")
-        self._hub.open()
-        run(self._hub.inside("ip", "link", "add", "machines", "type", "bridge"))
-        run(self._hub.inside("ip", "link", "set", "machines", "up"))
-        run(["ip", "link", "add", self.link, "type", "veth", "peer", "name", "host", "netns", str(self._hub.first.child)])
-        run(self._hub.inside("ip", "link", "set", "host", "master", "machines", "up"))
-        run(["ip", "address", "add", f"{self.address}/24", "dev", self.link])
-        run(["ip", "link", "set", self.link, "up"])
+        try:
+            self._hub.open()
+            run(self._hub.inside("ip", "link", "add", "machines", "type", "bridge"))
+            run(self._hub.inside("ip", "link", "set", "machines", "up"))
+            run(["ip", "link", "add", self.link, "type", "veth", "peer", "name", "host", "netns", str(self._hub.first.child)])
+            run(self._hub.inside("ip", "link", "set", "host", "master", "machines", "up"))
+            run(["ip", "address", "add", f"{self.address}/24", "dev", self.link])
+            run(["ip", "link", "set", self.link, "up"])
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> Self:
         return self

@@ -31,9 +31,9 @@ class DockerClient:
 
     def run(self, *arguments: str, stdin: bytes = b"") -> str:
         """Run the client, and return what it says, or the error that it ends with."""
-        command = self._machine.box.inside(
-            "docker", "--config", f"{self._machine.folder}/login", "--host", self._socket, *arguments
-        )
+        options = ["--config", f"{self._machine.folder}/login", "--host", self._socket]
+        # No test's timeout ends a thread that waits for a client.
+        command = self._machine.box.inside("timeout", str(PULL_SECONDS), "docker", *options, *arguments)
         done = subprocess.run(command, input=stdin, capture_output=True, check=False)
         return (done.stdout if done.returncode == 0 else done.stderr).decode().strip()
 

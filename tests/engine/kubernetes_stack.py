@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import time
 import uuid
@@ -15,6 +14,7 @@ import docker
 import httpx
 
 from lab.kubernetes import Cluster
+from lab.ports import free_port
 from tests.engine.given_cluster import GivenCluster
 from tests.engine.stack import ROOT, Stack
 
@@ -26,15 +26,17 @@ class Hub:
 
     def __init__(self, daemon: docker.DockerClient, cluster: Cluster | None = None) -> None:
         # Docker takes a registry on 127.0.0.1 without TLS; the nodes reach it by the host's address in their network.
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            self.port = listener.getsockname()[1]
+        self.port = free_port()
         self.address = f"127.0.0.1:{self.port}"
         hosts = ["127.0.0.1", *([] if cluster is None else [cluster.host_address])]
         ports: Any = {"5000/tcp": [(host, self.port) for host in hosts]}
         command = ["-c", f"echo '{self._configuration()}' >/c.yml; exec registry serve /c.yml"]
         self._container = daemon.containers.run("registry:3.1.2", command, entrypoint="sh", detach=True, ports=ports)
-        wait_for(self._answers)
+        try:
+            wait_for(self._answers)
+        except BaseException:
+            self.close()
+            raise
         if cluster is None:
             return
         for folder in cluster.registries():

@@ -17,7 +17,7 @@ import httpx
 import yaml
 
 ROOT = Path(__file__).parent.parent.parent
-HOSTS_FILE_SECONDS = 6  # the daemon, a Go program, reads the hosts file again after five
+HOSTS_FILE_SECONDS = 30  # the daemon, a Go program, reads the hosts file again after five; under load an attempt takes some too
 PROGRAM = ("__main__.py", "settings.py", "components", "hosts", "image", "ops", "policy")
 
 
@@ -216,12 +216,18 @@ class Stack:
         found = [entry for entry in json.loads(digests) if entry.startswith(f"{self.address}/")]
         return str(found[0].rpartition("@")[2])
 
+    def own_image(self) -> Path:
+        """Let the project's image be made of files of its own, to be changed, and return their folder."""
+        image = self.folder / "image"
+        if image.is_symlink():
+            original = image.resolve()
+            image.unlink()
+            shutil.copytree(original, image)
+        return image
+
     def change_configuration(self) -> None:
         """Give the project a registry configuration of its own, which is another image."""
-        image = self.folder / "image"
-        original = image.resolve()
-        image.unlink()
-        shutil.copytree(original, image)
+        image = self.own_image()
         (image / "config.yml").write_text((image / "config.yml").read_text().replace("level: info", "level: warn"))
 
     def remove_trust(self) -> None:

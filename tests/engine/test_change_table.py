@@ -119,8 +119,10 @@ def test_another_name_or_namespace_is_refused_while_the_node_port_is_taken(
     section, _, key = setting.partition(".")
     kept = copy.deepcopy(running_in_cluster.settings)
     running_in_cluster.set(section, **{key: value, "nodePort": running_in_cluster.port + 1})
-    steps = running_in_cluster.steps()
-    running_in_cluster.settings = kept
+    try:
+        steps = running_in_cluster.steps()
+    finally:
+        running_in_cluster.settings = kept
     for resource in ("registry", "registry-images", "registry-service", "registry-files"):
         assert steps[resource] == "replace"
 

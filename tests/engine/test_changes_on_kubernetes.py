@@ -1,13 +1,14 @@
 """What a change to a stack, to the cluster or behind Pulumi's back does to a registry in the cluster."""
 
 import json
+import time
 from typing import Any
 
 import pytest
 
 from lab.kubernetes import Cluster
 from tests.engine.kubernetes_stack import KubernetesStack, wait_for
-from tests.engine.stack import kill
+from tests.engine.stack import kill, killed_on_failure
 
 pytestmark = pytest.mark.xdist_group("kubernetes")
 
@@ -116,6 +117,7 @@ def test_an_image_that_cannot_be_pulled_is_told_by_the_pods_events_and_the_old_p
     for file in hosts:
         file.write_text('server = "http://127.0.0.1:1"\n')
     registry.set("image", tag="3.1.2-b")
+    registry.own_image()
     (registry.folder / "image/blobs/note").write_text("another content")
     registry.set("kubernetes", readyTimeoutSeconds=30)
     try:
@@ -178,7 +180,6 @@ def test_without_a_docker_daemon_a_preview_goes_through(in_cluster: KubernetesSt
 
 @pytest.mark.parametrize("objects", [2, 8, 12, 17])
 def test_an_up_that_was_killed_converges(in_cluster: KubernetesStack, objects: int) -> None:
-    process = in_cluster.start("up")
     file = in_cluster.folder / f"state/.pulumi/stacks/private-registry/{in_cluster.name}.json"
 
     def resources() -> int:
@@ -187,10 +188,11 @@ def test_an_up_that_was_killed_converges(in_cluster: KubernetesStack, objects: i
         except (OSError, ValueError):
             return 0
 
-    while process.poll() is None and resources() < objects:
-        pass
-    if process.poll() is None:
-        kill(process)
+    with killed_on_failure(in_cluster.start("up")) as process:
+        while process.poll() is None and resources() < objects:
+            time.sleep(0.005)
+        if process.poll() is None:
+            kill(process)
     in_cluster.ops("recover")
     in_cluster.up()
     assert in_cluster.is_ready()
@@ -200,16 +202,16 @@ def test_an_up_that_was_killed_converges(in_cluster: KubernetesStack, objects: i
 def test_a_replacement_that_was_killed_converges_with_its_images(registry: KubernetesStack) -> None:
     registry.set("kubernetes", memory="192Mi")
     before = registry.pod_name()
-    process = registry.start("up")
 
     def controller_is_gone() -> bool:
         names = [item["metadata"]["name"] for item in registry.get("replicationcontrollers")["items"]]
         return "registry" not in names or registry.pod_name() != before
 
-    while process.poll() is None and not controller_is_gone():
-        pass
-    if process.poll() is None:
-        kill(process)
+    with killed_on_failure(registry.start("up")) as process:
+        while process.poll() is None and not controller_is_gone():
+            pass
+        if process.poll() is None:
+            kill(process)
     registry.ops("recover")
     registry.up()
     converged(registry)

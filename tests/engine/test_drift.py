@@ -55,8 +55,10 @@ def test_a_container_that_was_changed_is_drift_until_the_stack_is_brought_up(sta
 def test_a_change_that_was_not_rolled_out_is_told_as_such(running: Stack) -> None:
     kept = running.settings
     running.settings = {**kept, "container": {**kept["container"], "memoryMiB": 512}}
-    said = drift(running, 10)
-    running.settings = kept
+    try:
+        said = drift(running, 10)
+    finally:
+        running.settings = kept
     assert "not rolled out: replace registry (docker Container)" in said
 
 

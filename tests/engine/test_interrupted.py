@@ -2,12 +2,13 @@
 
 import json
 import random
+import time
 from pathlib import Path
 
 import docker
 import pytest
 
-from tests.engine.stack import Stack, kill
+from tests.engine.stack import Stack, kill, killed_on_failure
 
 LABEL = "private-registry.stack=private-registry/{}"
 RUNS = 20
@@ -26,14 +27,15 @@ def _checkpoints(stack: Stack) -> int:
 
 def _kill_after(stack: Stack, verb: str, changes: int) -> None:
     """Run an update, and kill it when the state has changed so many times; it may have ended before."""
-    process = stack.start(verb)
-    seen, before = 0, _checkpoints(stack)
-    while process.poll() is None and seen < changes:
-        now = _checkpoints(stack)
-        if now not in (before, -1):
-            seen, before = seen + 1, now
-    if process.poll() is None:
-        kill(process)
+    with killed_on_failure(stack.start(verb)) as process:
+        seen, before = 0, _checkpoints(stack)
+        while process.poll() is None and seen < changes:
+            now = _checkpoints(stack)
+            if now not in (before, -1):
+                seen, before = seen + 1, now
+            time.sleep(0.002)  # leaves the core to the update, and still sees nearly every change
+        if process.poll() is None:
+            kill(process)
 
 
 def _converges(stack: Stack, daemon: docker.DockerClient, pushed: str) -> None:
@@ -75,14 +77,15 @@ def test_a_destroy_after_a_killed_up_leaves_nothing_either(stack: Stack, daemon:
 
 
 def test_recover_refuses_while_an_update_runs(stack: Stack) -> None:
-    process = stack.start("up")
     locks = stack.folder / f"state/.pulumi/locks/organization/private-registry/{stack.name}"
-    while not list(locks.glob("*.json")):
-        assert process.poll() is None, "the update ended before it was seen"
-    refused = stack.ops("recover", check=False)
-    assert refused.returncode == 1
-    assert f"An update of {stack.name} runs: process {process.pid}" in refused.stdout
-    assert process.wait() == 0
+    with killed_on_failure(stack.start("up")) as process:
+        while not list(locks.glob("*.json")):
+            assert process.poll() is None, "the update ended before it was seen"
+            time.sleep(0.002)
+        refused = stack.ops("recover", check=False)
+        assert refused.returncode == 1
+        assert f"An update of {stack.name} runs: process {process.pid}" in refused.stdout
+        assert process.wait() == 0
     assert "Nothing to mend." in stack.ops("recover").stdout
 
 

@@ -24,6 +24,7 @@ from toolchain.programs import KUBERNETES_VERSION, ROOT
 pytestmark = [
     pytest.mark.skipif(not can_install(), reason="the lab's Kubernetes needs root on Debian"),
     pytest.mark.timeout(300),
+    pytest.mark.xdist_group("lab_kubernetes"),
 ]
 WAIT_SECONDS = 60
 REGISTRY_CONFIGURATION = json.dumps(
@@ -238,10 +239,14 @@ def test_down_leaves_no_process_mount_link_route_iptables_rule_namespace_control
 ) -> None:
     run_pod(api, "stays", "node1", "sleep 3600")
     eventually("phase", lambda: phase(api, "stays"), "Running")
-    boxes = (cluster.control(), cluster.node(1), cluster.node(2))
-    namespaces = {network_namespaces()[str(box.first.child)] for box in boxes}
-    assert cluster.down()
-    assert namespaces.isdisjoint(network_namespaces().values())
+    with contextlib.ExitStack() as kept:
+        # While they are open no other namespace gets their numbers, such as that of a container which just starts.
+        boxes = (cluster.control(), cluster.node(1), cluster.node(2))
+        opened = [kept.enter_context(Path(f"/proc/{box.first.child}/ns/net").open("rb")) for box in boxes]
+        namespaces = {f"net:[{os.fstat(file.fileno()).st_ino}]" for file in opened}
+        assert namespaces < set(network_namespaces().values())
+        assert cluster.down()
+        assert namespaces.isdisjoint(network_namespaces().values())
     assert_nothing_is_left(cluster)
     assert not cluster.down()
 

@@ -58,7 +58,8 @@ def checkout(tmp_path: Path, daemon: docker.DockerClient) -> Iterator[Checkout]:
         yield made
     finally:
         made.make("rm", check=False)
-        daemon.volumes.get(made.name).remove()
+        for volume in daemon.volumes.list(filters={"name": made.name}):  # none where it did not come so far
+            volume.remove()
 
 
 @pytest.mark.timeout(600)

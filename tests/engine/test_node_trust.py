@@ -30,8 +30,15 @@ def pull(stack: KubernetesStack, name: str, node: str) -> str:
         waiting = status.get("containerStatuses", [{}])[0].get("state", {}).get("waiting", {})
         return json.dumps(waiting) if waiting.get("message") else ""
 
-    wait_for(lambda: state() != "")
-    return state()
+    found = ""
+
+    def became() -> bool:
+        nonlocal found
+        found = state()
+        return found != ""
+
+    wait_for(became)
+    return found
 
 
 def trust_pods(stack: KubernetesStack) -> list[str]:

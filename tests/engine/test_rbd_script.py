@@ -1,5 +1,6 @@
 """hosts/rbd.py by itself, on a real Ceph whose host maps images without the kernel's client (`lab/rbd`)."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ import pytest
 
 from hosts.rbd import EXIT_CODES
 from lab.ceph import Ceph
+from tests.engine.stack import killed_on_failure
 
 FILE = Path(__file__).parent.parent.parent / "hosts/rbd.py"
 SCRIPT = FILE.read_text()
@@ -408,11 +410,11 @@ def test_release_takes_no_image_that_is_open(opened: Host, policy: str) -> None:
 def test_release_waits_for_one_that_is_being_closed(host: Host) -> None:
     host.ensure()
     device = host.rbd("map", host.spec)
-    release = host.start("release", "--policy", "delete")
-    time.sleep(1)  # whether the release began before or after it, it ends well
-    assert release.poll() is None
-    host.rbd("unmap", device)
-    assert release.wait(timeout=60) == 0
+    with killed_on_failure(host.start("release", "--policy", "delete")) as release:
+        time.sleep(1)  # whether the release began before or after it, it ends well
+        assert release.poll() is None
+        host.rbd("unmap", device)
+        assert release.wait(timeout=60) == 0
     assert not host.exists()
 
 
@@ -446,13 +448,19 @@ def test_a_name_without_an_image_is_refused_and_the_sentence_removes_it(host: Ho
     assert host.ensure()["done"] == ["created"]
 
 
-def test_an_image_that_another_host_is_just_creating_is_waited_for(host: Host) -> None:
+def test_an_image_that_another_host_is_just_creating_is_waited_for(host: Host, tmp_path: Path) -> None:
     host.rados("create", f"rbd_id.{host.image}")
-    run = host.start("ensure", "--size-mib", "64", "--format", "mount")
-    time.sleep(2)  # whether it began before or after, it ends well
-    host.rados("rm", f"rbd_id.{host.image}")
-    host.rbd("create", host.spec, "--size", "64M", "--image-feature", "layering,exclusive-lock")
-    assert run.wait(timeout=60) == 0
+    refused = tmp_path / "refused"
+    host.put_before(tmp_path / "bin", "rbd", f'REAL "$@"; code=$?; [ "$1" != create ] || touch {refused}; exit $code')
+    with killed_on_failure(host.start("ensure", "--size-mib", "64", "--format", "mount")) as run:
+        deadline = time.monotonic() + 60
+        while not refused.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        # Now it waits; before that it would make the image itself as soon as the name is gone.
+        host.rados("rm", f"rbd_id.{host.image}")
+        host.rbd("create", host.spec, "--size", "64M", "--image-feature", "layering,exclusive-lock")
+        assert run.wait(timeout=60) == 0
     assert host.marks() == {"private-registry.stack": OWNER}
 
 
@@ -461,13 +469,12 @@ def test_a_map_that_outlives_its_killed_run_leaves_nothing_mapped(host: Host, tm
     first = f'touch {begun}; sleep 15; REAL "$@"; touch {ended}; exit'  # longer than a second run needs to end
     slow = f'if [ "$2" = map ] && [ ! -e {begun} ]; then {first}; fi; exec REAL "$@"'
     host.put_before(tmp_path / "bin", "rbd", slow)
-    run = host.start("ensure", "--size-mib", "64", "--format", "host")
     deadline = time.monotonic() + 60
-    while not begun.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    run.kill()
-    run.wait()
+    with killed_on_failure(host.start("ensure", "--size-mib", "64", "--format", "host")) as run:
+        while not begun.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        run.kill()
     settled(host, "ensure", "--size-mib", "64", "--format", "host")
     while not ended.exists():
         assert time.monotonic() < deadline
@@ -578,13 +585,17 @@ def test_a_pool_that_is_only_too_full_to_be_backfilled_takes_images(tmp_path: Pa
 
 def test_a_full_pool_takes_no_new_image_and_grows_none(tmp_path: Path) -> None:
     own = Ceph(tmp_path / "ceph", size_mib=64)
-    try:
+    with contextlib.ExitStack() as ending:
+        ending.callback(own.down)
         own.up()
         host = Host(own)
         host.ensure()
         own.rbd("create", "rbd/filler", "--size", "1024M")
         bench = ["rbd", "bench", "--io-type", "write", "--io-size", "4M", "--io-total", "300M", "rbd/filler"]
-        writer = subprocess.Popen(bench, env=host.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        writer = ending.enter_context(
+            subprocess.Popen(bench, env=host.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        )
+        ending.callback(writer.kill)
         deadline = time.monotonic() + 60
         while "full" not in own.ceph("health"):
             assert time.monotonic() < deadline
@@ -595,10 +606,6 @@ def test_a_full_pool_takes_no_new_image_and_grows_none(tmp_path: Path) -> None:
         for policy in ("trash", "delete"):
             assert "cannot even be removed" in host.refused("full", "release", "--policy", policy)
             assert json.loads(Host(own).run("release", "--policy", policy).stdout)["done"] == []
-    finally:
-        writer.kill()
-        writer.wait()
-        own.down()
 
 
 def moments(ceph: Ceph, verb: str, *arguments: str, prepare: bool = False) -> int:

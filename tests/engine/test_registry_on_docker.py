@@ -8,7 +8,10 @@ import docker
 import httpx
 import pytest
 
+from tests.engine.kubernetes_stack import wait_for
 from tests.engine.stack import Stack
+
+pytestmark = pytest.mark.xdist_group("registry_on_docker")  # so that only one of the workers brings the stack up
 
 
 def test_a_second_up_changes_nothing(running: Stack) -> None:
@@ -87,9 +90,12 @@ def test_the_registry_comes_back_by_itself_when_its_process_dies(running: Stack,
     container = daemon.containers.get(running.name)
     before = container.attrs["State"]["Pid"]
     subprocess.run(["kill", "-KILL", str(before)], check=True)
-    for event in daemon.events(decode=True, filters={"container": running.name, "event": "health_status"}):
-        if event["status"].endswith(": healthy"):
-            break
+
+    def is_back() -> bool:
+        state = daemon.containers.get(running.name).attrs["State"]
+        return state["Pid"] not in (0, before) and state["Health"]["Status"] == "healthy"
+
+    wait_for(is_back)
     assert running.ops("verify").returncode == 0
 
 

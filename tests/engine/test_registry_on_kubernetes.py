@@ -176,7 +176,9 @@ def test_monitoring_without_the_operator_is_told_and_with_it_has_metrics_and_ale
         in_cluster.api.post(crds, json=body).raise_for_status()
     objects = f"/apis/monitoring.coreos.com/v1/namespaces/{in_cluster.name}"
     try:
-        wait_for(lambda: in_cluster.api.get(f"{objects}/prometheusrules").is_success)
+        wait_for(
+            lambda: all(in_cluster.api.get(f"{objects}/{kind}").is_success for kind in ("servicemonitors", "prometheusrules"))
+        )
         in_cluster.up()
         groups = in_cluster.api.get(f"{objects}/prometheusrules/registry").json()["spec"]["groups"]
         alerts = {rule["alert"]: rule["expr"] for rule in groups[0]["rules"]}

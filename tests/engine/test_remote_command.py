@@ -1,5 +1,6 @@
 """The stand-in for remote commands on the real engine, against a real SSH server."""
 
+import contextlib
 import json
 import os
 import socket
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from lab.ports import free_port
 from lab.sshd import SshServer
 from tests.engine.stack import environment_of_toolchain, killed_on_failure
 
@@ -212,12 +214,12 @@ def test_a_server_that_says_nothing_is_given_up_in_time(program: Program) -> Non
 
 
 def test_a_server_that_comes_later_is_waited_for(program: Program, keys: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    port = free_port()
+    with socket.create_server(("127.0.0.1", port)) as listener:
         program.connection |= {"port": port, "dial_error_limit": 10}
         del program.connection["host_key"]
         program.arguments = {"create": "echo at last"}
-        with program.start("up", "--yes", "--skip-preview") as process:
+        with killed_on_failure(program.start("up", "--yes", "--skip-preview")) as process:
             first, _ = listener.accept()
             first.close()
             listener.close()
@@ -296,7 +298,8 @@ def test_a_close_ends_the_commands_that_still_run(tmp_path: Path) -> None:
             pid = int(client.stdout.readline())
             server.close()
             assert client.wait(20) == 255
-    assert not Path(f"/proc/{pid}").exists() or " Z " in Path(f"/proc/{pid}/stat").read_text()
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        assert " Z " in Path(f"/proc/{pid}/stat").read_text()
 
 
 def test_the_plugin_loads_no_ssh_library_before_a_command_runs() -> None:

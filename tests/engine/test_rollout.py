@@ -21,6 +21,7 @@ from tests.engine.stack import Stack, killed_on_failure
 
 ENVIRONMENTS = ("dev", "staging", "prod")
 MEGABYTES = (256, 384, 512)
+ON_ROLLED_OUT = pytest.mark.xdist_group("rolled_out")  # so that only one of the workers brings them up
 SECONDS = 200  # that a command may take to ask, or to end
 
 
@@ -72,6 +73,7 @@ def rolled_out(tmp_path_factory: pytest.TempPathFactory, daemon: docker.DockerCl
         yield made
 
 
+@ON_ROLLED_OUT
 def test_one_command_rolls_out_to_environments_of_different_ports_and_sizes(
     rolled_out: Environments, daemon: docker.DockerClient
 ) -> None:
@@ -80,6 +82,7 @@ def test_one_command_rolls_out_to_environments_of_different_ports_and_sizes(
         assert stack.push_image() == stack.pull_image()
 
 
+@ON_ROLLED_OUT
 def test_a_second_rollout_changes_nothing_and_verifies_all(rolled_out: Environments, daemon: docker.DockerClient) -> None:
     before = [daemon.containers.get(name).id for name in rolled_out.names]
     said = rolled_out.rollout().stdout
@@ -109,6 +112,7 @@ def test_a_fault_in_staging_stops_before_production_and_the_same_command_goes_on
     assert prod.push_image() == prod.pull_image()
 
 
+@ON_ROLLED_OUT
 def test_production_is_not_changed_where_nobody_can_be_asked(rolled_out: Environments) -> None:
     with changed(rolled_out.prod, "container", memoryMiB=600):
         stopped = rolled_out.rollout(check=False)
@@ -117,6 +121,7 @@ def test_production_is_not_changed_where_nobody_can_be_asked(rolled_out: Environ
     assert "replace `registry` (docker Container)" in stopped.stdout
 
 
+@ON_ROLLED_OUT
 @pytest.mark.parametrize(("answer", "code", "memory"), [("n\n", 10, MEGABYTES[2]), ("y\n", 0, 640)], ids=["no", "yes"])
 def test_production_is_changed_after_a_question_only(
     rolled_out: Environments, daemon: docker.DockerClient, answer: str, code: int, memory: int
@@ -129,6 +134,7 @@ def test_production_is_changed_after_a_question_only(
     assert daemon.containers.get(prod.name).attrs["HostConfig"]["Memory"] == memory << 20
 
 
+@ON_ROLLED_OUT
 @pytest.mark.parametrize("end", ["\x03", "\x04"], ids=["interrupted", "ended"])
 def test_a_question_that_is_not_answered_ends_the_rollout_as_an_interruption_does(rolled_out: Environments, end: str) -> None:
     prod = rolled_out.prod

@@ -14,6 +14,7 @@ import pytest
 from tests.engine.conftest import new_stack
 from tests.engine.stack import Stack
 
+pytestmark = pytest.mark.xdist_group("secrets")
 PASSWORD = "correct horse battery staple"
 
 

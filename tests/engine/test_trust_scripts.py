@@ -16,13 +16,15 @@ PEM = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----"
 
 
 def edit_hosts(change: Callable[[str], str]) -> None:
-    """Change the hosts file while no script does: other tests' stacks are in it, too."""
+    """Change the hosts file while no script does: other tests' stacks are in it, too, and whoever reads it finds them."""
     with HOSTS.open("r+") as hosts:
         fcntl.flock(hosts, fcntl.LOCK_EX)
-        text = change(hosts.read())
+        before = hosts.read()
+        text = change(before)
         hosts.seek(0)
-        hosts.truncate()
-        hosts.write(text)
+        hosts.write(text.ljust(len(before)))
+        hosts.flush()
+        hosts.truncate(len(text.encode()))
 
 
 class Script:

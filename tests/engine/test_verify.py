@@ -17,6 +17,8 @@ from ops.verify import Verification
 from tests.engine.conftest import new_stack
 from tests.engine.stack import Stack
 
+pytestmark = pytest.mark.xdist_group("verify")  # so that only one of the workers brings the stack up
+
 
 def fails(registry: Registry) -> OpsError:
     """Run the steps until one fails, and return what it says."""

@@ -100,9 +100,11 @@ def test_a_frozen_node_that_comes_back_writes_nothing(
         wait_for(lambda: len(pushing.acknowledged) > 3, 60)
         begin = time.monotonic()
         lab.freeze(1)
-        seconds = failed_over(registry, pushing.acknowledged[0], begin)
-        before = len(pushing.acknowledged)
-        lab.thaw(1)
+        try:
+            seconds = failed_over(registry, pushing.acknowledged[0], begin)
+            before = len(pushing.acknowledged)
+        finally:
+            lab.thaw(1)
     client = registry.client_at(2)
     further = [client.push(f"after-{number}") for number in range(3)]
     wait_for(lambda: lab.is_ready(registry.api, 1))

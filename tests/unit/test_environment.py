@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import hypothesis
 import pytest
 import yaml
 from hypothesis import given
@@ -344,7 +343,6 @@ VALUES = [
 ]
 
 
-@hypothesis.settings(deadline=None)
 @given(said_=st.lists(st.tuples(st.sampled_from(PATHS), st.sampled_from(VALUES) | st.text()), max_size=4))
 def test_whatever_is_set_is_taken_or_refused_by_sentences(said_: list[tuple[str, str]]) -> None:
     try:
