@@ -2,8 +2,9 @@
 
 import signal
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 from rich.console import Console
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 # The library would show the values of all variables with a traceback, and passwords are among them.
 app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console(highlight=False, soft_wrap=True)
+T = TypeVar("T")
 INTERRUPTED = 130  # a shell's code for what Ctrl-C ended
 Stack = Annotated[str, typer.Option(help="The stack.", envvar="STACK")]
 
@@ -32,6 +34,11 @@ def _failed(error: OpsError) -> typer.Exit:
     console.print(f"[red]✗[/red] {escape(error.what)}")
     console.print(f"  {error.mend}", markup=False)
     return typer.Exit(error.code)
+
+
+def _tracked(found: Iterable[T], what: str, total: int) -> Iterable[T]:
+    # Where there is no terminal, the library would print an empty line.
+    return track(found, what, total, console=console, transient=True) if console.is_terminal else found
 
 
 @app.command()
@@ -79,7 +86,7 @@ def _show_trust(stack: str, hosts: "Hosts") -> None:
     if not len(hosts):
         console.print(f"The stack {stack} lists no hosts: trust.hosts.")
         return
-    found = list(track(hosts.trusts(), "asking the hosts", len(hosts), console=console, transient=True))
+    found = list(_tracked(hosts.trusts(), "asking the hosts", len(hosts)))
     table = Table("", "host", "runtime", "trusts", "until")
     for one in sorted(found, key=lambda one: one.host):
         mark = "[green]✓[/green]" if one.mend is None else "[red]✗[/red]"
@@ -109,11 +116,14 @@ def report(
             raise _failed(error) from None
         # A report, too: on a pull request it has to take the place of an older one.
         preview = Preview([], 0, [f"{error.what}\n{error.mend}"])
+    typer.echo(markdown(stack, preview), nl=False)
     if html is not None:
         from ops.page import page
 
-        html.write_text(page(stack, preview))
-    typer.echo(markdown(stack, preview), nl=False)
+        try:
+            html.write_text(page(stack, preview))
+        except OSError as error:
+            raise _failed(OpsError(f"{html} cannot be written: {error.strerror}.", "Name another file.")) from None
     raise typer.Exit(verdict_of(preview).code)
 
 
@@ -168,7 +178,7 @@ def drift(stacks: Annotated[list[str], typer.Argument(metavar="STACK", help="The
     marks = {Kind.CLEAN: "[green]✓[/green]", Kind.DRIFT: "[yellow]![/yellow]", Kind.FAILURE: "[red]✗[/red]"}
     everything = []
     with ThreadPoolExecutor(len(stacks)) as pool:
-        all_findings = track(pool.map(findings_of, stacks), "looking", len(stacks), console=console, transient=True)
+        all_findings = _tracked(pool.map(findings_of, stacks), "looking", len(stacks))
         for stack, findings in zip(stacks, all_findings, strict=True):
             console.print(f"{marks[worst(findings)]} {escape(stack)}: {worst(findings).words}")
             for finding in findings:
@@ -179,7 +189,7 @@ def drift(stacks: Annotated[list[str], typer.Argument(metavar="STACK", help="The
 
 @app.command()
 def comment(
-    file: Annotated[Path, typer.Argument(help="What `ops report` printed.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What `ops report` printed.")],
     pull_request: Annotated[int, typer.Option("--pull-request", help="The number of the pull or merge request.")],
 ) -> None:
     """Keep a report as one comment on a pull request, in a job of GitHub or GitLab."""

@@ -41,7 +41,7 @@ def findings_of(stack: str) -> list[Finding]:
     try:
         (settings, secrets), registry = settings_of(stack), registry_of(stack)
     except OpsError as error:
-        return [Finding(Kind.FAILURE, f"{error.what} {error.mend}")]
+        return [_of_error(Kind.FAILURE, error)]
     parts: dict[str, Callable[[], Iterator[Finding]]] = {
         "resources": lambda: _resources(stack),
         "registry": lambda: _registry(registry),
@@ -59,11 +59,15 @@ def worst(findings: list[Finding]) -> Kind:
     return next((kind for kind in (Kind.FAILURE, Kind.DRIFT) if kind in kinds), Kind.CLEAN)
 
 
+def _of_error(kind: Kind, error: OpsError) -> Finding:
+    return Finding(kind, f"{error.what}\n    {error.mend}")
+
+
 def _caught(name: str, part: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
     try:
         yield from part()
     except OpsError as error:
-        yield Finding(Kind.FAILURE, f"{error.what} {error.mend}")
+        yield _of_error(Kind.FAILURE, error)
     except Exception as error:  # noqa: BLE001, one part that fails must not hide what the others found
         yield Finding(Kind.FAILURE, f"{name}: {type(error).__name__}: {error}")
 
@@ -96,7 +100,7 @@ def _registry(registry: Registry) -> Iterator[Finding]:
                 result = take()
                 yield Finding(Kind.DRIFT if result.warning else Kind.CLEAN, f"{name}: {result.said}")
     except OpsError as error:  # it was looked at, and does not serve
-        yield Finding(Kind.DRIFT, f"{error.what} {error.mend}")
+        yield _of_error(Kind.DRIFT, error)
 
 
 def _hosts(stack: str, settings: Settings) -> Iterator[Finding]:

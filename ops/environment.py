@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from itertools import count
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import typer
@@ -227,10 +228,21 @@ class NewEnvironment:
 
 def shared_config() -> dict[str, str]:
     """Return what Pulumi.yaml says for all stacks, as the engine passes it."""
-    said = yaml.safe_load((stack.ROOT / "Pulumi.yaml").read_text()).get("config") or {}
+    said = _config_in(stack.ROOT / "Pulumi.yaml")
     # A key with a colon is another project's.
     own = {key: entry for key, entry in said.items() if ":" not in key and isinstance(entry, dict)}
     return _config({key: entry["default"] for key, entry in own.items() if "default" in entry})
+
+
+def _config_in(file: Path) -> dict[str, Any]:
+    try:
+        said = yaml.safe_load(file.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise OpsError(f"{file.name} is no YAML: {error}", "Correct it, and run this again.") from None
+    config = (said.get("config") or {}) if isinstance(said, dict) else said
+    if not isinstance(config, dict):
+        raise OpsError(f"{file.name} has no settings: config must be a mapping.", "Correct it, and run this again.")
+    return config
 
 
 def other_stacks() -> dict[str, Settings]:
@@ -243,8 +255,7 @@ def other_stacks() -> dict[str, Settings]:
     found = {}
     for file in sorted(stack.ROOT.glob("Pulumi.*.yaml")):
         other = file.name.removeprefix("Pulumi.").removesuffix(".yaml")
-        own = (yaml.safe_load(file.read_text()) or {}).get("config") or {}
-        sections = {key.partition(":")[2]: value for key, value in own.items() if key.startswith(f"{PROJECT}:")}
+        sections = {key.partition(":")[2]: value for key, value in _config_in(file).items() if key.startswith(f"{PROJECT}:")}
         plain = {key: value for key, value in sections.items() if key not in SECRETS}
         try:
             found[other] = load({**shared, **_config(plain)}, set(), other, secrets_follow=True)

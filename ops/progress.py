@@ -33,7 +33,11 @@ class RolloutProgress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._bars.stop()
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._console.is_terminal:  # elsewhere the library would print an empty line
+            self._bars.stop()
 
     def tell(self, progress: Progress) -> None:
         """Show how far a stack is."""
@@ -56,7 +60,7 @@ class RolloutProgress:
         Raises:
             KeyboardInterrupt: the question was not answered.
         """
-        self._bars.stop()
+        self._stop()
         for sentence in sentences:
             self._console.print(f"  {sentence}", markup=False)
         try:

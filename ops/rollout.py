@@ -144,7 +144,9 @@ class Rollout:
         with self._part(stack, "preview"), self._run("preview", stack) as run:
             preview = of_run(run)
         self.progress[stack].changes = _counted(preview)
-        self._say(stack, title(stack, preview).removeprefix(f"{stack}: "))
+        # Only production is asked about: of other stacks "needs approval" would be untrue.
+        passes = preview.changes and verdict_of(preview) in (Verdict.FINE, Verdict.NEEDS_APPROVAL)
+        self._say(stack, self.progress[stack].changes if passes else title(stack, preview).removeprefix(f"{stack}: "))
         return preview
 
     def _ask_for(self, previews: Mapping[str, Preview]) -> bool:

@@ -141,7 +141,9 @@ class LanguageHost(language_pb2_grpc.LanguageRuntimeServicer):
                 raise pulumi.RunError(f"the program failed: {error}\n{traceback.format_exc()}") from error
 
         request.args[:] = [self._engine_address]
-        return LanguageServer(program).Run(request, context)  # type: ignore[no-untyped-call]
+        response = LanguageServer(program).Run(request, context)  # type: ignore[no-untyped-call]
+        # It has told the engine why already, which would say it a second time.
+        return language_pb2.RunResponse(bail=True) if response.error else response
 
     def RunPlugin(self, request: Any, context: Any) -> Iterator[Any]:
         environment = dict(entry.split("=", 1) for entry in request.env)

@@ -20,10 +20,11 @@ EOF2
 # shellcheck source=/dev/null
 . .local/env
 cp Pulumi.yaml .local/Pulumi.yaml
-salt=$(grep '^encryptionsalt:' .local/Pulumi.local.yaml 2>/dev/null || true)
+# A command without --config-file may have written a salt into the tracked file, too: this one is of the state.
+salt=$(grep -m 1 '^encryptionsalt:' .local/Pulumi.local.yaml 2>/dev/null || true)
 {
   echo "# Made from Pulumi.local.yaml in the project's folder at each make: change that one."
-  cat Pulumi.local.yaml
+  sed '/^encryptionsalt:/d' Pulumi.local.yaml
   [ -z "$salt" ] || echo "$salt"
 } >.local/Pulumi.local.yaml.new
 mv .local/Pulumi.local.yaml.new .local/Pulumi.local.yaml

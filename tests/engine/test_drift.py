@@ -38,6 +38,7 @@ def test_a_container_that_is_gone_is_drift(stack: Stack, daemon: docker.DockerCl
     daemon.containers.get(stack.name).stop()
     said = drift(stack, 10)
     assert f"Nothing listens on {stack.address}" in said
+    assert "\n\n" not in said
     daemon.containers.get(stack.name).remove()
     said = drift(stack, 10)
     assert "registry (docker Container) is gone" in said

@@ -81,6 +81,15 @@ def test_up_ends_with_a_verified_push_and_pull_and_rm_leaves_only_the_images(
     assert checkout.changed() == ""
 
 
+@pytest.mark.timeout(600)
+def test_a_salt_that_a_command_wrote_into_the_tracked_file_does_no_harm(checkout: Checkout) -> None:
+    checkout.make("run")
+    enter = ". .toolchain/env && . .local/env && "
+    subprocess.run(["bash", "-c", f"{enter}pulumi preview --stack local"], cwd=checkout.folder, check=True)
+    assert "encryptionsalt" in (checkout.folder / "Pulumi.local.yaml").read_text()
+    assert "15 unchanged" in checkout.make("run")
+
+
 def test_make_alone_lists_the_verbs(checkout: Checkout, daemon: docker.DockerClient) -> None:
     daemon.volumes.create(checkout.name)
     said = checkout.make()

@@ -323,6 +323,7 @@ def test_a_malformed_stack_is_refused_with_value_rule_and_mend(case: str, projec
     said = _refusal(project)
     for part in (*parts, "1 fault; nothing was changed"):
         assert part in said
+    assert "unhandled" not in said
     assert "secret-password" not in said
     assert "Traceback" not in said
 

@@ -109,6 +109,7 @@ def test_a_fault_in_staging_stops_before_production_and_the_same_command_goes_on
     staging.settings["container"]["port"] = port
     said = environments.approved().stdout
     assert f"{dev.name}: nothing to change" in said
+    assert f"{prod.name}: create " in said
     assert prod.push_image() == prod.pull_image()
 
 

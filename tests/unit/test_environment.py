@@ -366,6 +366,16 @@ def test_another_stack_file_with_faults_is_named(project: Path) -> None:
     assert "Correct Pulumi.dev.yaml, which a new environment is compared with." in said(result)
 
 
+@pytest.mark.parametrize("text", ["config: [", "config: 7", "[1]"])
+@pytest.mark.parametrize("file", ["Pulumi.dev.yaml", "Pulumi.yaml"])
+def test_a_file_that_cannot_be_read_is_named(file: str, text: str, project: Path) -> None:
+    (project / file).write_text(text)
+    result = run("qa", "--yes")
+    assert result.exit_code == 1
+    assert result.output.startswith(f"✗ {file} ")
+    assert "Correct it, and run this again." in said(result)
+
+
 def test_secrets_of_another_stack_file_are_passed_over(project: Path) -> None:
     with (project / "Pulumi.dev.yaml").open("a") as file:
         file.write("  private-registry:users: {alice: {secure: v1:abc}}\nencryptionsalt: v1:abc\n")

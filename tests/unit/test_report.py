@@ -189,6 +189,15 @@ def test_a_file_that_is_no_preview_is_named_and_fails(tmp_path: Path, text: str)
     assert run.exit_code == 1
 
 
+def test_a_page_that_cannot_be_written_is_named_after_the_report(tmp_path: Path) -> None:
+    page_file = tmp_path / "missing" / "page.html"
+    run = CliRunner().invoke(app, ["report", "--file", str(file_of("first up")), "--html", str(page_file)])
+    assert run.exit_code == 1
+    assert run.output.startswith("<!-- private-registry report")
+    assert f"{page_file} cannot be written" in run.output
+    assert "Traceback" not in run.output
+
+
 def test_recorded_previews_have_nothing_of_the_machine_that_made_them() -> None:
     for file in PREVIEWS.glob("*.json"):
         assert not re.search(r'"/(tmp|root|home|work)', json.dumps(json.loads(file.read_text())))
