@@ -10,12 +10,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import httpx
 import typer
 from rich.console import Console
 
-from toolchain.programs import CACHE, PULUMI, ROOT, ToolchainError, build
+from toolchain.programs import CACHE, KUBERNETES_PLUGIN, PULUMI, ROOT, ToolchainError, build
 
 BIN = ROOT / ".toolchain/bin"
 HOME = ROOT / ".toolchain/home"
@@ -70,20 +71,23 @@ def _official() -> Path:
     return Path(PulumiCommand.install(root=str(OFFICIAL)).command)
 
 
-def _stand_ins() -> Path:
+def _stand_ins(*, official_kubernetes: bool) -> Path:
     """Build the CLI, and put launchers for the stand-ins where the engine looks for its plugins."""
     cli = build(PULUMI)
-    _launcher(BIN / "pulumi-language-python", "toolchain.language_host")
+    # PYTHONPATH is for the plugin alone: the program finds its own modules by its own folder.
+    stand_in = f'PYTHONPATH="{ROOT}" exec "{sys.executable}" -m toolchain'
+    _launcher(BIN / "pulumi-language-python", f"{stand_in}.language_host")
     for name, version in _plugin_versions().items():
         folder = HOME / f"plugins/resource-{name}-v{version}"
         folder.mkdir(parents=True, exist_ok=True)
-        _launcher(folder / f"pulumi-resource-{name}", f"toolchain.providers.{name}")
+        official = official_kubernetes and name == "kubernetes"
+        command = f'exec "{build(KUBERNETES_PLUGIN)}"' if official else f"{stand_in}.providers.{name}"
+        _launcher(folder / f"pulumi-resource-{name}", command)
     return cli
 
 
-def _launcher(file: Path, module: str) -> None:
-    # PYTHONPATH is for the plugin alone: the program finds its own modules by its own folder.
-    script = f'#!/bin/sh\nPYTHONPATH="{ROOT}" exec "{sys.executable}" -m {module} "$@"\n'
+def _launcher(file: Path, command: str) -> None:
+    script = f'#!/bin/sh\n{command} "$@"\n'
     if not file.exists() or file.read_text() != script:
         file.write_text(script)
         file.chmod(0o755)
@@ -120,7 +124,15 @@ def _environment(cli: Path, *, stand_ins: bool) -> str:
 
 
 @app.command()
-def main() -> None:
+def main(
+    official_kubernetes: Annotated[
+        bool,
+        typer.Option(
+            "--official-kubernetes",
+            help="Take the official kubernetes plugin of January 2026 for the stand-in: builds 7 minutes.",
+        ),
+    ] = False,
+) -> None:
     """Make the toolchain ready, and say in one line where it comes from."""
     BIN.mkdir(parents=True, exist_ok=True)
     console = Console(highlight=False, soft_wrap=True)
@@ -131,7 +143,7 @@ def main() -> None:
         elif reachable and (cli := _official()) and _plugins_installed(cli, install=True):
             way = "the official Pulumi CLI and plugins, downloaded into .toolchain/"
         else:
-            cli = _stand_ins()
+            cli = _stand_ins(official_kubernetes=official_kubernetes)
             way = (
                 "Pulumi's downloads cannot be reached: the CLI is built from its Go module, and stand-ins serve for the "
                 "plugins (for tests and the demo)"

@@ -2,6 +2,7 @@
 
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -34,6 +35,8 @@ class Program:
     """The module's folder, where several programs share one; else it is the program's name."""
     linker_flags: tuple[str, ...] = ()
     """What the linker is told besides: a version that the program cannot know by itself."""
+    embeds: tuple[str, str] | None = None
+    """A module, and a folder in it whose JSON files the program embeds as if they were beside its main.go."""
 
     @property
     def folder(self) -> Path:
@@ -43,7 +46,9 @@ class Program:
     @property
     def binary(self) -> Path:
         """Return the place in the cache for what these pins and flags make."""
-        pins = b"".join((self.folder / file).read_bytes() for file in ("go.mod", "go.sum"))
+        pins = b"".join(
+            (self.folder / file).read_bytes() for file in ("go.mod", "go.sum", "main.go") if (self.folder / file).exists()
+        )
         pins += " ".join(self.linker_flags).encode()
         return CACHE / f"{self.folder.name}-{hashlib.sha256(pins).hexdigest()[:12]}" / self.name
 
@@ -51,6 +56,17 @@ class Program:
 PULUMI = Program("pulumi", "github.com/pulumi/pulumi/pkg/v3/cmd/pulumi", 5)
 REGISTRY = Program("registry", "github.com/distribution/distribution/v3/cmd/registry", 2.5)
 CONTAINERD = Program("containerd", "github.com/containerd/containerd/v2/cmd/containerd", 2)
+# The official plugin. Of its versions none is served as a Go module; this is a commit of January 2026, older than what the
+# program pins: it still takes over an object that exists already, which 4.29 and later refuse.
+_KUBERNETES_PLUGIN = "github.com/pulumi/pulumi-kubernetes/provider/v4"
+KUBERNETES_PLUGIN = Program(
+    "pulumi-resource-kubernetes",
+    ".",
+    7,
+    "kubernetes-plugin",
+    (f"-X={_KUBERNETES_PLUGIN}/pkg/version.Version=4.25.0-alpha.f47bc2d",),
+    (_KUBERNETES_PLUGIN, "cmd/pulumi-resource-kubernetes"),
+)
 ACTIONLINT = Program("actionlint", "github.com/rhysd/actionlint/cmd/actionlint", 0.2)
 KUBERNETES_VERSION = "1.30.14"
 # Without these a node says that it runs v0.0.0-master, which clients that compare versions take for an ancient one.
@@ -99,19 +115,39 @@ def build(program: Program) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if binary.exists():
             return binary
+        overlay = binary.parent / "overlay.json"
         with tempfile.NamedTemporaryFile(dir=binary.parent, delete=False) as unfinished:
             linker_flags = " ".join(("-s", "-w", *program.linker_flags))
-            command = [_go(), "build", "-trimpath", f"-ldflags={linker_flags}", "-o", unfinished.name, program.package]
-            # Without cgo the binary is static, and runs in an image that has no C library.
-            environment = {**os.environ, "CGO_ENABLED": "0"}
-            run = subprocess.run(command, cwd=program.folder, env=environment, capture_output=True, text=True, check=False)
-        if run.returncode:
-            Path(unfinished.name).unlink()
-            progress.stop()
-            raise ToolchainError(f"{program.name} could not be built from {program.package}:\n{run.stderr[-2000:]}")
+            command = ["build", f"-overlay={overlay}", "-trimpath", f"-ldflags={linker_flags}", "-o", unfinished.name]
+            try:
+                overlay.write_text(json.dumps({"Replace": _embedded(program)}))
+                _run_go(program, *command, program.package)
+            except ToolchainError:
+                Path(unfinished.name).unlink()
+                progress.stop()
+                raise
         Path(unfinished.name).chmod(0o755)
         Path(unfinished.name).rename(binary)
     return binary
+
+
+def _embedded(program: Program) -> dict[str, str]:
+    """Return the files that the program embeds, by the paths where the compiler is to find them."""
+    if program.embeds is None:
+        return {}
+    module, folder = program.embeds
+    downloaded = Path(json.loads(_run_go(program, "mod", "download", "-json", module))["Dir"])
+    return {str(program.folder / file.name): str(file) for file in (downloaded / folder).glob("*.json")}
+
+
+def _run_go(program: Program, *arguments: str) -> str:
+    # Without cgo the binary is static, and runs in an image that has no C library.
+    environment = {**os.environ, "CGO_ENABLED": "0"}
+    command = [_go(), *arguments]
+    run = subprocess.run(command, cwd=program.folder, env=environment, capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise ToolchainError(f"{program.name} could not be built from {program.package}:\n{(run.stderr or run.stdout)[-2000:]}")
+    return run.stdout
 
 
 def _progress(program: Program) -> Progress:
