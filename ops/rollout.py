@@ -201,7 +201,8 @@ class Rollout:
                     errors.append(f"refused by policies: {refusal}")
         if run.failed:
             said = "\n".join(["`pulumi up` failed", *(errors or [run.said])])
-            raise OpsError(said, f"{AGAIN} If it was cut off: `python -m ops recover --stack {stack}` first.")
+            mend = f"{AGAIN} If it was cut off: `python -m ops recover --stack {stack}` first."
+            raise OpsError(said, f"{mend} Why a pod is not ready: `python -m ops verify --stack {stack}`.")
 
     def _verify(self, stack: str) -> None:
         from ops.verify import Verification

@@ -140,7 +140,7 @@ def test_a_pod_that_cannot_be_scheduled_is_told_within_the_stacks_timeout(in_clu
     in_cluster.set("kubernetes", cpu="500", readyTimeoutSeconds=15)
     failed = in_cluster.up(check=False)
     assert failed.returncode != 0
-    assert "Insufficient cpu" in failed.stdout
+    assert "Insufficient cpu" in in_cluster.ops("verify", check=False).stdout
     in_cluster.set("kubernetes", cpu="500m", readyTimeoutSeconds=60)
     in_cluster.up()
     assert in_cluster.preview("--expect-no-changes").returncode == 0

@@ -700,7 +700,9 @@ class Waiting:
         except Exception as error:  # noqa: BLE001  (the object exists: no error may keep it out of the state)
             gone = f"it was deleted meanwhile ({error})" if isinstance(error, _NotFound) else str(error)
             reason = f"{described(live)} was written, but did not become ready: {gone}"
-            raise InitializationError(identifier, live, ["\n".join([reason, *self._diagnosis(live)])]) from None
+            # Of what an annotation waits for, the official plugin says no more than that it did not come.
+            diagnosis = [] if annotation(self.inputs, "waitFor") else self._diagnosis(live)
+            raise InitializationError(identifier, live, ["\n".join([reason, *diagnosis])]) from None
         return live
 
     def _pause(self, missing: str, deadline: float, seconds: float) -> None:
