@@ -249,8 +249,9 @@ class Verification:
                 command = ["docker", *arguments]
                 deadline = time.monotonic() + HOSTS_FILE_SECONDS
                 while True:
+                    is_last = time.monotonic() > deadline  # where one takes long, another begins when the file was read again
                     run = subprocess.run(command, input=stdin, env=environment, capture_output=True, check=False)
-                    if b"no such host" not in run.stderr or time.monotonic() > deadline:
+                    if b"no such host" not in run.stderr or is_last:
                         break
                     time.sleep(0.5)
                 if run.returncode:
