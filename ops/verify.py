@@ -29,6 +29,7 @@ from ops.stack import OpsError, Registry
 TIMEOUT_SECONDS = 10
 WARNING_DAYS = 30
 AUTHORITY_WARNING_DAYS = 180  # all clients have to be told
+NODE_PORT_SECONDS = 10
 HOSTS_FILE_SECONDS = 6  # the daemon, a Go program, reads the hosts file again after five
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 CONFIG = "application/vnd.oci.image.config.v1+json"
@@ -150,18 +151,24 @@ class Verification:
 
     def _connect(self) -> str:
         host, port = self._registry.host, self._registry.port
-        try:
-            socket.create_connection((host, port), timeout=TIMEOUT_SECONDS).close()
-        except ConnectionRefusedError:
-            raise OpsError(
-                f"Nothing listens on {host}:{port}.",
-                f"See whether the registry runs and what it says ({self._logs}), then run `pulumi up`.",
-            ) from None
-        except OSError as error:
-            raise OpsError(
-                f"{host}:{port} cannot be reached: {error}.", "See whether a firewall or a route is in the way."
-            ) from None
-        return f"{host}:{port} is open"
+        # The pod is ready, but each node's kube-proxy hears of it in its own time.
+        deadline = time.monotonic() + (NODE_PORT_SECONDS if self._registry.workload else 0)
+        while True:
+            try:
+                socket.create_connection((host, port), timeout=TIMEOUT_SECONDS).close()
+            except ConnectionRefusedError:
+                if time.monotonic() < deadline:
+                    time.sleep(0.2)
+                    continue
+                raise OpsError(
+                    f"Nothing listens on {host}:{port}.",
+                    f"See whether the registry runs and what it says ({self._logs}), then run `pulumi up`.",
+                ) from None
+            except OSError as error:
+                raise OpsError(
+                    f"{host}:{port} cannot be reached: {error}.", "See whether a firewall or a route is in the way."
+                ) from None
+            return f"{host}:{port} is open"
 
     def _trust(self) -> str:
         host, port = self._registry.host, self._registry.port

@@ -185,7 +185,9 @@ class Stack:
                 text=True,
                 check=False,
             )
-            if "no such host" not in run.stderr or time.monotonic() > deadline:
+            # A node port is open when kube-proxy has heard of the pod that is ready.
+            is_too_early = "no such host" in run.stderr or "connection refused" in run.stderr
+            if not is_too_early or time.monotonic() > deadline:
                 break
             time.sleep(0.5)
         if check and run.returncode:

@@ -2,8 +2,10 @@
 
 import datetime
 import json
+import socket
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,18 @@ def test_a_closed_port(registry: Registry) -> None:
     error = fails(Registry(f"{registry.host}:{free_port()}", registry.authority, None, None))
     assert "Nothing listens on" in error.what
     assert "pulumi up" in error.mend
+
+
+def test_a_node_port_that_opens_a_moment_later_is_waited_for(registry: Registry) -> None:
+    port = free_port()
+    in_cluster = Registry(f"127.0.0.1:{port}", registry.authority, None, None, workload={"namespace": "any", "name": "any"})
+    connect = dict(Verification(in_cluster).steps())["connect"]
+    with ThreadPoolExecutor() as pool:
+        connected = pool.submit(connect)
+        with pytest.raises(TimeoutError):
+            connected.result(timeout=0.5)
+        with socket.create_server(("127.0.0.1", port)):
+            assert "is open" in connected.result().said
 
 
 def test_a_port_that_does_not_speak_tls(registry: Registry, tmp_path: Path) -> None:
