@@ -154,7 +154,11 @@ class LanguageHost(language_pb2_grpc.LanguageRuntimeServicer):
             command = [sys.executable, "-u", "-m", "pulumi.policy", *request.args, request.info.program_directory]
             process = _start(command, request.pwd, {**environment, **pack.environment()}, context)
             assert process.stdout is not None
-            pack.attach(process.stdout.readline())
+            assert process.stderr is not None
+            if not (port := process.stdout.readline()):
+                # First, as the engine no longer listens when it has heard of the failure.
+                yield language_pb2.RunPluginResponse(stderr=process.stderr.read())
+            pack.attach(port)
         else:
             command = [sys.executable, "-u", request.info.program_directory, *request.args]
             process = _start(command, request.pwd, environment, context)
