@@ -17,7 +17,8 @@ from rich.table import Table
 
 from bench.__main__ import empty_program, seconds, sub_folder, use_lab_docker
 from lab.kubernetes import Cluster
-from tests.engine.kubernetes_stack import Hub, KubernetesStack, new_kubernetes_stack, wait_for
+from tests.engine.kubernetes_stack import Hub, KubernetesStack, new_kubernetes_stack
+from tests.engine.stack import wait_for
 
 REQUEST_SECONDS = 0.05
 console = Console()

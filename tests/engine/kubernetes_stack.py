@@ -4,9 +4,8 @@ import contextlib
 import json
 import os
 import subprocess
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,7 @@ import httpx
 from lab.kubernetes import Cluster
 from lab.ports import free_port
 from tests.engine.given_cluster import GivenCluster
-from tests.engine.stack import ROOT, Stack
-
-TIMEOUT_SECONDS = 120
+from tests.engine.stack import ROOT, Stack, wait_for
 
 
 class Hub:
@@ -154,13 +151,6 @@ class KubernetesStack(Stack):
                 self.api.delete(f"/api/v1/persistentvolumes/{self.name}")
         self.api.close()
         self._trust_script("remove")
-
-
-def wait_for(holds: Callable[[], bool], seconds: float = TIMEOUT_SECONDS) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.2)
 
 
 _ports = iter(range(30100 + os.getpid() % 20 * 100, 32500))

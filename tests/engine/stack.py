@@ -9,7 +9,7 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, AnyStr
 
@@ -251,6 +251,13 @@ def remove_trust(name: str, address: str) -> None:
     )
 
 
+def wait_for(holds: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.2)
+
+
 @contextlib.contextmanager
 def killed_on_failure(process: subprocess.Popen[AnyStr]) -> Iterator[subprocess.Popen[AnyStr]]:
     """Wait for a process at the end, as its own with statement does, which would wait for ever for one that hangs."""
@@ -263,21 +270,17 @@ def killed_on_failure(process: subprocess.Popen[AnyStr]) -> Iterator[subprocess.
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
-    """End the CLI at once, as a crash or the kernel would, and its plugins where they do not see soon that it is gone."""
+    """End the CLI at once, as a crash or the kernel would, and wait for its plugins to see that it is gone."""
     plugins = children(process.pid)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    _end_of(plugins, seconds=10)
-    for pid in plugins:  # an official one looks every five minutes
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    _end_of(plugins, seconds=20)
-    assert not any(Path(f"/proc/{pid}").exists() for pid in plugins)
-
-
-def _end_of(processes: list[int], *, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while any(Path(f"/proc/{pid}").exists() for pid in processes) and time.monotonic() < deadline:
+    for pid in plugins:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            if Path(f"/proc/{pid}/exe").readlink() != Path(sys.executable).resolve():
+                os.kill(pid, signal.SIGKILL)  # an official one, which looks every five minutes only
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in plugins):
+        assert time.monotonic() < deadline, "a plugin outlived its engine"
         time.sleep(0.02)
 
 

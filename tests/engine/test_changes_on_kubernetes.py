@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from lab.kubernetes import Cluster
-from tests.engine.kubernetes_stack import KubernetesStack, wait_for
-from tests.engine.stack import kill, killed_on_failure
+from tests.engine.kubernetes_stack import KubernetesStack
+from tests.engine.stack import kill, killed_on_failure, wait_for
 
 pytestmark = pytest.mark.xdist_group("kubernetes")
 

@@ -15,7 +15,8 @@ import pytest
 from lab.ceph import Ceph
 from lab.kubernetes import Cluster
 from lab.sshd import SshServer
-from tests.engine.kubernetes_stack import KubernetesStack, new_kubernetes_stack, wait_for
+from tests.engine.kubernetes_stack import KubernetesStack, new_kubernetes_stack
+from tests.engine.stack import wait_for
 
 pytestmark = pytest.mark.xdist_group("kubernetes")
 TABLE = (Path(__file__).parent.parent.parent / "docs/changes.md").read_text().split("## On a Ceph RBD image")[1]

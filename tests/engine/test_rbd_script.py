@@ -17,7 +17,7 @@ import pytest
 
 from hosts.rbd import EXIT_CODES
 from lab.ceph import Ceph
-from tests.engine.stack import killed_on_failure
+from tests.engine.stack import killed_on_failure, wait_for
 
 FILE = Path(__file__).parent.parent.parent / "hosts/rbd.py"
 SCRIPT = FILE.read_text()
@@ -453,10 +453,7 @@ def test_an_image_that_another_host_is_just_creating_is_waited_for(host: Host, t
     refused = tmp_path / "refused"
     host.put_before(tmp_path / "bin", "rbd", f'REAL "$@"; code=$?; [ "$1" != create ] || touch {refused}; exit $code')
     with killed_on_failure(host.start("ensure", "--size-mib", "64", "--format", "mount")) as run:
-        deadline = time.monotonic() + 60
-        while not refused.exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_for(refused.exists, 60)
         # Now it waits; before that it would make the image itself as soon as the name is gone.
         host.rados("rm", f"rbd_id.{host.image}")
         host.rbd("create", host.spec, "--size", "64M", "--image-feature", "layering,exclusive-lock")
@@ -574,10 +571,7 @@ def test_a_pool_that_is_only_too_full_to_be_backfilled_takes_images(tmp_path: Pa
         own.ceph("osd", "set-backfillfull-ratio", "0.03")
         (tmp_path / "data").write_bytes(os.urandom(8 << 20))
         own.rbd("import", str(tmp_path / "data"), "rbd/filler")
-        deadline = time.monotonic() + 60
-        while "backfillfull" not in own.ceph("osd", "pool", "ls", "detail"):
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
+        wait_for(lambda: "backfillfull" in own.ceph("osd", "pool", "ls", "detail"), 60)
         assert Host(own).ensure()["done"] == ["created"]
     finally:
         own.down()
@@ -596,10 +590,7 @@ def test_a_full_pool_takes_no_new_image_and_grows_none(tmp_path: Path) -> None:
             subprocess.Popen(bench, env=host.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         )
         ending.callback(writer.kill)
-        deadline = time.monotonic() + 60
-        while "full" not in own.ceph("health"):
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
+        wait_for(lambda: "full" in own.ceph("health"), 60)
         assert json.loads(host.run("status").stdout)["poolIsFull"] is True
         assert "is full" in host.refused("full", "ensure", "--size-mib", "128", "--format", "mount")
         assert "is full" in Host(own).refused("full", "ensure", "--size-mib", "64", "--format", "mount")

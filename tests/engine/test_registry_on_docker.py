@@ -8,8 +8,7 @@ import docker
 import httpx
 import pytest
 
-from tests.engine.kubernetes_stack import wait_for
-from tests.engine.stack import Stack
+from tests.engine.stack import Stack, wait_for
 
 pytestmark = pytest.mark.xdist_group("registry_on_docker")  # so that only one of the workers brings the stack up
 

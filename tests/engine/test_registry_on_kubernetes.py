@@ -7,7 +7,8 @@ import httpx
 import pytest
 
 from lab.kubernetes import Cluster
-from tests.engine.kubernetes_stack import KubernetesStack, wait_for
+from tests.engine.kubernetes_stack import KubernetesStack
+from tests.engine.stack import wait_for
 
 pytestmark = pytest.mark.xdist_group("kubernetes")
 

@@ -16,8 +16,8 @@ import pytest
 from lab.kubernetes import Cluster
 from tests.engine.conftest import new_stack
 from tests.engine.given_cluster import GivenCluster
-from tests.engine.kubernetes_stack import new_kubernetes_stack, wait_for
-from tests.engine.stack import Stack, killed_on_failure
+from tests.engine.kubernetes_stack import new_kubernetes_stack
+from tests.engine.stack import Stack, killed_on_failure, wait_for
 
 ENVIRONMENTS = ("dev", "staging", "prod")
 MEGABYTES = (256, 384, 512)
